@@ -24,6 +24,7 @@ from autoprec.records import (
 from autoprec.search import grad_error_budget, search_plan
 from autoprec.search.costs import Costs, make_costs
 from autoprec.search.explore import find_interacting
+from autoprec.search.stage import _apart
 from autoprec.search.storage import open_study
 from autoprec.sensitivity.gap import CEILING, HORIZON_STEPS, grad_error_budget_for
 from autoprec.verification import Terms
@@ -190,6 +191,11 @@ def test_keeps_that_no_budget_allows_are_an_error(tables: tuple[Profile, Sensiti
     meter = Meter(make_costs(*tables), lambda _: 1e3)
     with pytest.raises(InfeasibleError, match=r"the least of the \d+ plans measured is"):
         run(tables, evaluate=meter, keep=("blocks.0.qkv=fp8_o1:tensorwise",))
+
+
+def test_an_error_just_over_the_budget_is_told_from_it() -> None:
+    assert _apart(0.0038, 0.00381) == ["0.380 %", "0.381 %"]
+    assert _apart(1e-5, 0.1) == ["0.0010 %", "10 %"]
 
 
 def test_a_memory_limit_holds_for_every_plan_that_may_be_chosen(

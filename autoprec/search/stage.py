@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from autoprec.common.progress import Progress, report_nothing
-from autoprec.common.text import percent, short_digest
+from autoprec.common.text import percent, short_digest, significant
 from autoprec.errors import InfeasibleError
 from autoprec.predict.transfer import sensitivity_basis
 from autoprec.records.cost import Profile
@@ -297,19 +297,25 @@ def _table_notes(study: PlanStudy, best: SearchTrial) -> list[str]:
 
 def _infeasible(problem: Problem, budget: float) -> str:
     least = min(problem.costs.grad_error(plan) for plan in front(problem))
+    most, own = _apart(budget, least)
     return (
-        f"a plan's gradient error must be at most {percent(budget)} for this loss tolerance, but "
-        f"the most precise plan that is left to choose has {percent(least)}; {_way_out(problem)}"
+        f"a plan's gradient error must be at most {most} for this loss tolerance, but the most "
+        f"precise plan that is left to choose has {own}; {_way_out(problem)}"
     )
 
 
 def _all_over_budget(study: PlanStudy) -> str:
-    least = min(plan.grad_error for plan in study.known.values())
+    most, own = _apart(study.budget, min(plan.grad_error for plan in study.known.values()))
     return (
-        f"a plan's joint gradient error must be at most {percent(study.budget)} for this loss "
-        f"tolerance, but the least of the {len(study.known)} plans measured is "
-        f"{percent(least)}; {_way_out(study.problem)}"
+        f"a plan's joint gradient error must be at most {most} for this loss tolerance, but the "
+        f"least of the {len(study.known)} plans measured is {own}; {_way_out(study.problem)}"
     )
+
+
+def _apart(*shares: float) -> list[str]:
+    """Return shares as percent, with as many digits as tell the one from the other."""
+    texts = ([f"{significant(100.0 * x, digits)} %" for x in shares] for digits in range(2, 17))
+    return next((each for each in texts if len(set(each)) > 1), [*map(percent, shares)])
 
 
 def _way_out(problem: Problem) -> str:
