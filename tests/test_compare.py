@@ -31,6 +31,7 @@ from autoprec.records.cost import student_factor
 from autoprec.report import RunRecords, print_record
 from autoprec.report.compare import compare_runs
 from autoprec.report.compare_views import comparison_html, comparison_markdown, headline
+from autoprec.report.formats import share
 from autoprec.tuning.comparing import compare_paths, parse_condition
 from tests.golden_text import check_golden
 from tests.report_runs import CPU, H100, ROWWISE, TENSORWISE, make_run, predicted_run, renamed
@@ -286,6 +287,21 @@ def test_a_weaker_proof_and_more_gradient_error_fail(tmp_path: Path) -> None:
     back = compare_paths(after, before, fail_if=["verdict", "grad-error=10%"])
     assert back.is_good
     assert Certificate.model_validate(refuted).verdict is Verdict.REFUTED
+
+
+def test_an_error_of_zero_is_an_error_like_others(tmp_path: Path) -> None:
+    run = make_run()
+    assert run.plan
+    exact = replace(run, plan=run.plan.model_copy(update={"grad_error": 0.0}), verification=None)
+    usual = replace(run, verification=None)
+    paths = save(exact, tmp_path / "a"), save(usual, tmp_path / "b")
+    worse = compare_paths(*paths, fail_if=["grad-error=10%"])
+    better = compare_paths(*reversed(paths), fail_if=["grad-error=10%"])
+    assert (worse.is_good, better.is_good) == (False, True)
+    told = [headline(found) for found in (worse, better)]
+    error = share(run.plan.grad_error)
+    assert f"its gradient error is {error}, A's 0 %" in told[0]
+    assert f"its gradient error is 0 %, A's {error}" in told[1]
 
 
 @pytest.mark.parametrize(

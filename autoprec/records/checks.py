@@ -75,8 +75,8 @@ class Change(Record):
     @property
     def is_beyond_noise(self) -> bool:
         """Whether no difference is outside the interval; a ratio of rounding is none."""
-        if self.ratio is None:
-            return self.after > 0.0
+        if not self.ratio:  # of FP32, whose error is exactly 0, and another plan
+            return self.before != self.after
         if self.low is None or self.high is None:
             return False
         return self.low > 1.0 + ROUNDING or self.high < 1.0 - ROUNDING

@@ -83,7 +83,9 @@ def _plan_sentences(found: Comparison) -> Iterator[str]:
         over = formats.step_title(speedup.name)
         yield f"its speedup over {over} is {change_text(speedup)} of A's"
     if error and error.is_beyond_noise:
-        yield f"its gradient error is {change_text(error)} of A's"
+        said = f"{formats.share(error.after)}, A's {formats.share(error.before)}"
+        said = f"{change_text(error)} of A's" if error.ratio else said
+        yield f"its gradient error is {said}"
     if found.verdicts and found.verdicts[0] is not found.verdicts[1]:
         old, new = _verdict_texts(found)
         yield f"the verdict is {new}, not {old}"

@@ -100,7 +100,7 @@ def _is_below(change: Change | None, limit: float) -> tuple[bool, str] | None:
     """Whether a number has not risen by more than the limit; None where that is not known."""
     if change is None:
         return None
-    if change.ratio is None:
+    if not change.ratio:
         return change.after <= 0.0, f"{change.before:g} -> {change.after:g}"
     if change.low is None:
         return None
