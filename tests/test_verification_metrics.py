@@ -77,6 +77,21 @@ def test_the_verdict_is_the_worst_of_the_loss_and_the_metrics() -> None:
     assert [metric.verdict for metric in metric_gaps(shown)] == [Verdict.NOT_RUN]
 
 
+def test_a_metric_that_is_not_finite_is_no_training_that_diverged() -> None:
+    def evaluate(model: nn.Module) -> float:
+        return math.nan if next(calls) else 1.0
+
+    calls = iter(range(9))  # the reference's is the first
+    context = Context(measured_by(evaluate), CPU)
+    session = open_session(context, TERMS, loss_tolerance=0.9)
+    spec = capture_model(context)
+    evidence = gather_evidence(session, plan_of(spec, BF16_O2))
+    assert evidence.verdict is Verdict.REFUTED
+    assert advice(evidence) == (
+        "its held-out loss or a metric is not finite after the branch of seed 1"
+    )
+
+
 def test_a_metric_too_noisy_for_its_tolerance_is_told_after_the_first_seeds() -> None:
     evidence = evidence_of(0.0, 9.0, -8.0)
     assert evidence.unresolved is not None

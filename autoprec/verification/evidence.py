@@ -284,7 +284,10 @@ def expected_gap_of(plan: Plan, sensitivity: Sensitivity | None) -> ExpectedGap 
 def advice(evidence: Evidence) -> str:
     """Return what it would take to decide; "" when it is decided."""
     if branch := evidence.diverged("plan"):
-        where = f"at step {branch.diverged_at} of the branch of seed {branch.seed}"
+        seed = branch.seed
+        where = f"at step {branch.diverged_at} of the branch of seed {seed}"
+        if branch.diverged_at == evidence.terms.branch_steps:  # it trained to its end
+            return f"its held-out loss or a metric is not finite after the branch of seed {seed}"
         return f"the plan diverged {where}{why_diverged(branch)}"
     if evidence.verdict is not Verdict.INCONCLUSIVE:
         return ""
