@@ -79,12 +79,25 @@ E = {
 def test_a_layer_takes_the_error_of_its_role_at_its_depth() -> None:
     large = transfer_sensitivity(measured(SMALL, E), model(3))
     by_depth = [error_of(large, f"layers.{block}.attn.q_proj") for block in range(3)]
-    assert by_depth == pytest.approx([8e-3 * 2 / 3, 5e-3 * 2 / 3, 2e-3 * 2 / 3])
+    assert by_depth == pytest.approx([8e-3 * 10 / 14, 4e-3 * 10 / 14, 2e-3 * 10 / 14])
     assert error_of(large, "lm_head") == pytest.approx(3e-3)
     assert error_of(large, "lm_head", BF16_O2) == pytest.approx(3e-5)
     assert {row.basis for row in large.rows} == {Basis.TRANSFERRED}
     assert large.structure == model(3).structure
     assert sensitivity_basis(large) is Basis.TRANSFERRED
+
+
+def test_the_ends_of_a_role_keep_their_own_and_the_others_their_total() -> None:
+    spec = model(4, structure="2" * 16)
+    own = dict.fromkeys(spec.names, 0.0001)
+    own |= {
+        f"layers.{block}.attn.q_proj": error for block, error in enumerate((8e-3, 4e-5, 2e-5, 6e-4))
+    }
+    large = transfer_sensitivity(measured(spec, own), model(10))
+    by_depth = [error_of(large, f"layers.{block}.attn.q_proj") for block in range(10)]
+    assert (by_depth[0], by_depth[-1]) == pytest.approx((8e-3, 6e-4))
+    assert math.fsum(by_depth[1:-1]) == pytest.approx(6e-5)
+    assert by_depth[1] / by_depth[8] == pytest.approx(2.0)
 
 
 @given(small=st.integers(1, 6), large=st.integers(1, 12), data=st.data())
@@ -115,7 +128,9 @@ def test_names_may_differ_outside_the_role() -> None:
         for layer in model(4).layers
     ]
     found = transfer_sensitivity(measured(SMALL, E), model_of(*layers))
-    assert error_of(found, "model.decoder.layers.0.attn.q_proj") == pytest.approx(8e-3 / 2)
+    by_depth = [8e-3 * 4.0 ** (-block / 3) for block in range(4)]
+    share = error_of(found, "model.decoder.layers.0.attn.q_proj") / 10e-3
+    assert share == pytest.approx(by_depth[0] / math.fsum(by_depth))
 
 
 def test_a_layer_without_counterpart_stays_out_of_fp8_and_is_named() -> None:

@@ -5,12 +5,14 @@ the same in the last two parts, else in the last. A number in the last part is a
 it is the first of its name: `fc1` and `fc2` of `layers.3.mlp` do different things, and so do the
 `0` and the `3` of a block's `nn.Sequential`; those of a plain stack `0`, `2`, `4` do not.
 
-Within such a role layers match by relative depth, first to first and last to last. A layer between
-two stands for each of them by how near it is:
+Within such a role the first layer matches the first and the last the last: the errors of the first
+block are tens of times those of the second, in models of any depth. Those between match by relative
+depth, and one that falls between two stands for each by how near it is:
 
-    depth of layer j of n among the m of the other model:  j / (n - 1) * (m - 1)
+    depth of layer j of n among the m of the other model:  1 + (j - 1) / (n - 3) * (m - 3)
 
-One layer alone stands for all of the other model's equally.
+One layer alone stands for all of the other model's equally; of two peers both are ends, and a layer
+between is nearer to one of them: j / (n - 1).
 """
 
 import re
@@ -24,6 +26,7 @@ from autoprec.errors import RecordError
 from autoprec.records.model import LayerKind, LayerSpec, ModelSpec
 
 DIGITS = re.compile(r"\d+")
+ENDS = 2  # the first and the last layer of a role
 SHARED_PARTS = (0, 2, 1)  # trailing parts of a name that two layers share; 0: all
 MOST_NAMED = 5
 
@@ -65,9 +68,11 @@ def depth_weights(index: int, count: int, peers: int) -> dict[int, float]:
     >>> depth_weights(1, 4, 2)
     {0: 0.6666666666666667, 1: 0.3333333333333333}
     """
+    first = 1 if 0 < index < count - 1 and peers > ENDS else 0  # of those that are no ends
+    count, peers = count - 2 * first, peers - 2 * first
     if count == 1:
-        return dict.fromkeys(range(peers), 1.0 / peers)
-    depth = index / (count - 1) * (peers - 1)
+        return {first + at: 1.0 / peers for at in range(peers)}
+    depth = first + (index - first) / (count - 1) * (peers - 1)
     below = int(depth)
     if depth == below:
         return {below: 1.0}

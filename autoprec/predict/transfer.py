@@ -1,8 +1,9 @@
 """A small model's sensitivity -> a large model's, or what to do where there is none. No torch.
 
 Transferred: a layer takes its gradient error from the layers of the small model that do the same
-thing at the same relative depth (`family`), interpolated between. A role's total is kept and spread
-over more layers: the residual stream is longer, and each layer's share of it smaller. The loss
+thing at the same relative depth (`family`), geometrically between two. The first and the last of a
+role keep their own; the total of those between is kept and spread over more layers: the residual
+stream is longer, and each layer's share of it smaller. The loss
 curve and the activations' error are the small model's. docs/transfer.md says what of this holds
 over widths and depths, and how a small model has to be built for it.
 
@@ -17,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from autoprec.common.text import first_and_more
 from autoprec.errors import RecordError
 from autoprec.model.roles import Role, role_of
-from autoprec.predict.family import Place, depth_weights, find_places, role_in_block
+from autoprec.predict.family import ENDS, Place, depth_weights, find_places, role_in_block
 from autoprec.records.model import FP32, Basis, LayerKind, LayerSpec, ModelSpec, Option
 from autoprec.records.sensitivity import Estimate, LayerSensitivity, Sensitivity
 
@@ -131,25 +132,42 @@ def _transferred(
 
 
 def _share(name: str, rows: Sequence[LayerSensitivity], index: int, count: int) -> LayerSensitivity:
-    """Return a role's row at the index-th of count places; over all it adds up to the total."""
-    total = math.fsum(max(row.grad_error.mean, 0.0) for row in rows)
-    reached = math.fsum(
-        weight * max(rows[at].grad_error.mean, 0.0)
-        for place in range(count)
-        for at, weight in depth_weights(place, count, len(rows)).items()
-    )
+    """Return a role's row at the index-th of count places, by its peers' rows."""
+    errors = [max(row.grad_error.mean, 0.0) for row in rows]
+    places, peers = _alike(index, count, len(rows))
+    total = math.fsum(errors[at] for at in peers)
+    reached = math.fsum(_between(errors, place, count) for place in places)
     scale = total / reached if reached > 0.0 else 1.0
     weights = depth_weights(index, count, len(rows))
-    mean = scale * math.fsum(share * rows[at].grad_error.mean for at, share in weights.items())
     known = [error for at in weights if (error := rows[at].grad_error.stderr) is not None]
     stderr = scale * max(known) if len(known) == len(weights) else None
     return LayerSensitivity(
         name=name,
         option=rows[0].option,
-        grad_error=Estimate(mean=mean, stderr=stderr),
+        grad_error=Estimate(mean=scale * _between(errors, index, count), stderr=stderr),
         basis=Basis.TRANSFERRED,
         staying=scale * math.fsum(share * rows[at].staying for at, share in weights.items()),
     )
+
+
+def _alike(index: int, count: int, peers: int) -> tuple[Sequence[int], Sequence[int]]:
+    """Return the places like the index-th, and the peers like it, whose total these places share.
+
+    The first and the last are like nothing else, where there are others.
+    """
+    if min(count, peers) < ENDS + 1:
+        return range(count), range(peers)
+    if index in (0, count - 1):
+        return [index], [0 if index == 0 else peers - 1]
+    return range(1, count - 1), range(1, peers - 1)
+
+
+def _between(errors: Sequence[float], index: int, count: int) -> float:
+    """Return the error at a depth by those of the nearest peers: it changes by factors there."""
+    shares = [(w, errors[at]) for at, w in depth_weights(index, count, len(errors)).items()]
+    if len(shares) == 1 or any(error == 0.0 for _, error in shares):
+        return math.fsum(share * error for share, error in shares)
+    return math.exp(math.fsum(share * math.log(error) for share, error in shares))
 
 
 def _transfer_notes(small: Sensitivity, unmatched: Sequence[str]) -> Iterator[str]:
