@@ -6,13 +6,12 @@ it is the first of its name: `fc1` and `fc2` of `layers.3.mlp` do different thin
 `0` and the `3` of a block's `nn.Sequential`; those of a plain stack `0`, `2`, `4` do not.
 
 Within such a role the first layer matches the first and the last the last: the errors of the first
-block are tens of times those of the second, in models of any depth. Those between match by relative
-depth, and one that falls between two stands for each by how near it is:
+block can be a hundred times those of the second, in models of any depth (docs/transfer.md). Those
+between match by relative depth, and one that falls between two stands for each by how near it is:
 
     depth of layer j of n among the m of the other model:  1 + (j - 1) / (n - 3) * (m - 3)
 
-One layer alone stands for all of the other model's equally; of two peers both are ends, and a layer
-between is nearer to one of them: j / (n - 1).
+One layer alone stands for all of the other model's equally; where there are two, both are ends.
 """
 
 import re
