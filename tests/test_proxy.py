@@ -300,7 +300,7 @@ def test_a_fault_that_sets_in_late_is_refuted_by_the_proxys_training(tmp_path: P
     assert proof.proxy is not None
     (before,) = proof.refuted_plans
     assert sum(o.is_fp8 for o in before) > sum(o.is_fp8 for o in run.plan.options)
-    assert proof.notes[0].startswith("on the proxy, a plan with ")
+    assert proof.notes[0].startswith("on the proxy, refuted before: ")
 
 
 @pytest.mark.slow

@@ -530,6 +530,8 @@ def test_a_plan_that_was_refuted_before_is_part_of_the_answer() -> None:
     proof = run.verification.model_copy(update={"notes": notes})
     facts = list(answer_facts(summarise_run(replace(run, verification=proof))))
     assert ("refuted", "2 bf16_o2 (diverged at step 0) (and 1 more)", "") in facts
+    proof = proof.model_copy(update={"notes": (f"on the proxy, {notes[0]}",)})
+    assert summarise_run(replace(run, verification=proof)).refuted.startswith("on the proxy, 2 bf")
 
 
 def test_fp32_everywhere_has_no_gap_to_expect() -> None:

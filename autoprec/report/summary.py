@@ -110,9 +110,10 @@ class Summary:
     def refuted(self) -> str:
         """The first plan that training refuted before this one, and why; "" where none was."""
         proof = self.run.verification
-        found = [note for note in proof.notes if note.startswith(REFUTED)] if proof else []
+        said = (note.partition(f"{REFUTED} ") for note in (proof.notes if proof else ()))
+        found = [where + what for where, refuted, what in said if refuted]  # on a proxy, maybe
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        return clean_text(found[0].removeprefix(f"{REFUTED} ")) + more if found else ""
+        return clean_text(found[0]) + more if found else ""
 
     @property
     def passed_over(self) -> str:
