@@ -125,6 +125,7 @@ def tuned_copy(tuned: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tuned, tmp_path / "copy"))
 
 
+@pytest.mark.slow  # tests/test_house.py shows in one import that no torch comes
 def test_search_and_report_of_saved_records_are_quick_and_need_no_torch(tuned_copy: Path) -> None:
     folder = str(tuned_copy)
     code = textwrap.dedent(

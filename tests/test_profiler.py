@@ -114,7 +114,13 @@ def test_the_stages_leave_the_random_state_as_it_was() -> None:
     assert states() == before
 
 
-@pytest.mark.parametrize("name", WORKLOADS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[pytest.mark.slow] if n in ("tokens", "sequence") else [])
+        for n in WORKLOADS
+    ],
+)
 def test_every_layer_has_a_row_for_every_option(name: str) -> None:
     profile = profile_of(WORKLOADS[name]())
     for layer in profile.model.layers:
