@@ -253,6 +253,25 @@ def test_generators_and_memories_of_a_model_go_with_a_checkpoint(tmp_path: Path)
     assert len(set(saved.eval_losses)) > 1
 
 
+class Strict(Recurrent):
+    """Takes no weights but those that it was built with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = float(self.head.weight.detach().sum())
+
+    def forward(self, x: Tensor) -> Tensor:
+        loss = super().forward(x)
+        if float(self.head.weight.detach().sum()) > self.total + 0.1:
+            raise ValueError("not of mine")
+        return loss
+
+
+def test_a_model_that_takes_no_moved_weights_is_captured_all_the_same() -> None:
+    context = Context(workload_of(Strict), torch.device("cpu"))
+    assert capture_model(context).moving == ("calls", "carried")
+
+
 def test_an_evaluation_leaves_what_forward_moves() -> None:
     workload = workload_of(lambda: Pair(in_place))
     context = Context(workload, torch.device("cpu"))

@@ -12,6 +12,7 @@ or casts a table leaves it in BF16 once a plan made its activations so.
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from torch.utils._pytree import (
 from autoprec.common.text import first_and_more
 from autoprec.device.random_state import generator_state, set_generator_state
 from autoprec.device.ranks import local_part
+from autoprec.errors import WorkloadError
 from autoprec.workload.functions import Batch, Workload
 from autoprec.workload.written import noted_on
 
@@ -95,7 +97,8 @@ def find_moving(workload: Workload, model: nn.Module, batch: Batch, before: Sign
         for parameter in trained:
             parameter.add_(torch.rand_like(parameter), alpha=AWAY)
     before = signatures(model)
-    workload.loss_fn(model, batch)
+    with suppress(WorkloadError):  # a model may take no weights but those that training gives it
+        workload.loss_fn(model, batch)
     moved = changed_since(before, model)
     if between := sorted(known - moved):
         log.warning(
