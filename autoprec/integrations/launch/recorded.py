@@ -66,20 +66,8 @@ def record_workload(script: Script, *, steps: int) -> Workload:
     Raises:
         WorkloadError: the script failed, ended early, or trains in a way that cannot be recorded.
     """
-    recorder, status = Recorder(steps), 0
-    with (
-        contextlib.ExitStack() as stack,
-        contextlib.chdir(os.getcwd()),
-        random_state_kept(),
-        recorder.following(),
-        contextlib.redirect_stdout(sys.stderr),
-        contextlib.suppress(StopScript),  # the recorder knows why
-    ):
-        # what a script may change for the whole process, and the stages rely on, is put back
-        stack.callback(torch.set_default_device, None)
-        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
-        stack.callback(torch.autograd.set_detect_anomaly, torch.is_anomaly_enabled())
-        status = run_script(script)
+    recorder = Recorder(steps)
+    status = _run_recorded(script, recorder)
     first = recorder.first
     if recorder.refusal is not None:
         raise _refused(script, recorder.refusal)
@@ -108,6 +96,25 @@ def record_workload(script: Script, *, steps: int) -> Workload:
     workload = workload_from(functions, name=script.name, digest=_digest(script, recorder))
     written = Written(script_autocast=autocast, script_compiles=first.is_compiled, moving=followers)
     return replace(workload, written=written)
+
+
+def _run_recorded(script: Script, recorder: Recorder) -> int:
+    """Run a script that a recorder follows; return its exit status, 0 where it was stopped."""
+    status = 0
+    with (
+        contextlib.ExitStack() as stack,
+        contextlib.chdir(os.getcwd()),
+        random_state_kept(),
+        recorder.following(),
+        contextlib.redirect_stdout(sys.stderr),
+        contextlib.suppress(StopScript),  # the recorder knows why
+    ):
+        # what a script may change for the whole process, and the stages rely on, is put back
+        stack.callback(torch.set_default_device, None)
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        stack.callback(torch.autograd.set_detect_anomaly, torch.is_anomaly_enabled())
+        status = run_script(script)
+    return status
 
 
 def _followers(recorder: Recorder, first: nn.Module) -> set[str]:
