@@ -188,6 +188,36 @@ def test_parameters_made_on_another_device_move_and_stay_tied() -> None:
     assert capture_on_meta(workload).layer("1").tied_to == "0"
 
 
+def test_a_constructor_may_read_what_it_made_of_numbers_and_move_the_model() -> None:
+    """As vision models with stochastic depth do, here and in transformers and timm."""
+
+    def build_model() -> nn.Module:
+        rates = [rate.item() for rate in torch.linspace(0, 0.5, 3)]
+        widths = (16 * torch.arange(1, 4, device="cpu")).tolist()
+        blocks = [
+            (nn.Linear(16, width), nn.Dropout(p)) for p, width in zip(rates, widths, strict=True)
+        ]
+        return nn.Sequential(*blocks[0], blocks[2][0]).bfloat16().float()
+
+    def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
+        loss: Tensor = model(batch).square().mean()
+        return loss
+
+    given = {"build_model": build_model, "loss_fn": loss_fn}
+    workload = workload_with(train_batches=lambda seed: iter([torch.ones(32, 16)]), **given)
+    check_same(capture_on_meta(workload), capture_model(Context(workload, CPU)))
+
+
+def test_no_value_is_told_of_numbers_that_were_overwritten() -> None:
+    def build_model() -> nn.Module:
+        numbers = torch.zeros(4)
+        numbers[1:].copy_(torch.randn(3))
+        return nn.Linear(16, 16 if numbers.tolist() else 32)
+
+    with pytest.raises(CaptureError, match="must not look at values"):
+        capture_on_meta(workload_with(build_model=build_model))
+
+
 def test_a_loss_that_looks_at_values_is_told_how_to_go_on() -> None:
     def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
         loss: Tensor = model(batch).square().mean()

@@ -26,6 +26,7 @@ from autoprec.device.random_state import random_state_kept
 from autoprec.device.tracing import PLAIN_TENSORS, OperationTracer
 from autoprec.errors import CaptureError, WorkloadError
 from autoprec.model import capture, shapes
+from autoprec.model.known import KnownValues
 from autoprec.model.layers import model_layers
 from autoprec.records import ModelSpec
 from autoprec.workload.functions import (
@@ -66,7 +67,9 @@ def capture_on_meta(
     drawn = take_batches(workload, seed=seed, count=shapes.SCANNED_BATCHES)
     progress("capture on meta", 0, 3)
     with _without_storage():
-        model = _moved_to_meta(workload.build_model(seed=seed))
+        with fake_tensor.unset_fake_temporarily():  # `Module.to` cannot take fake parameters
+            model = workload.build_model(seed=seed)
+        model = _moved_to_meta(model)
         batches = [_batch_on_meta(batch) for batch in drawn]
         with _seeded_noted() as seeded:
             workload.loss_fn(model, batches[0])
@@ -107,7 +110,7 @@ def _moved_to_meta(model: nn.Module) -> nn.Module:
     moved: dict[int, tuple[Tensor, Tensor]] = {}  # with the original, so that ids stay taken
 
     def on_meta(tensor: Tensor) -> Tensor:
-        if tensor.device == META or nn.parameter.is_lazy(tensor):
+        if nn.parameter.is_lazy(tensor):
             return tensor
         if id(tensor) not in moved:
             copy = torch.empty_like(tensor, device=META)
@@ -190,7 +193,7 @@ def _without_storage() -> Iterator[None]:
     level = its_log.level
     its_log.setLevel(logging.CRITICAL)
     try:
-        with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True), META:
+        with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True), META, KnownValues():
             yield
     except WorkloadError as error:
         cause = error.__cause__
