@@ -7,11 +7,10 @@ Activations that it is made of act on the loss by it, too, and their gradients d
 layers in front of it the probes do not see all.
 
 A custom function's forward (checkpointing's, a DTensor's collectives) is under no_grad as well, and
-what it gives has a gradient all the same. So a constant is made outside of those in Python, and is
-what operations with a gradient take that has none itself.
+what it gives has a gradient all the same. So a constant is made outside of those, and is what
+operations with a gradient take that has none itself.
 """
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,8 +21,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from autoprec.model.recording import NO_BACKWARD, nodes_behind
-
-APPLY = torch.autograd.Function.apply.__code__  # the frame in which a custom function's forward is
 
 
 class Constants:
@@ -91,11 +88,11 @@ class Constants:
 
 
 def _is_in_function() -> bool:
-    """Whether a custom function's forward runs, in Python."""
-    frame = sys._getframe()
-    while frame.f_back is not None and frame.f_code is not APPLY:
-        frame = frame.f_back
-    return frame.f_code is APPLY
+    """Whether a custom function's forward runs: torch turns forward-mode gradients off there.
+
+    So does inference mode; `no_grad` does not.
+    """
+    return not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
 
 
 def _floating(values: object) -> list[Tensor]:
