@@ -733,5 +733,19 @@ def test_tune_of_a_script_writes_the_records_resumes_and_runs(
     assert logged.splitlines()[-1].startswith("autoprec: plan applied to Net")
 
 
+def test_a_module_is_tuned_as_python_m_runs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "recorded_package"
+    package.mkdir()
+    write_script(package, HEAD, name="net.py")
+    write_script(package, "from .net import *\nfrom .net import sys\n" + LOOP, name="__main__.py")
+    monkeypatch.chdir(tmp_path)
+    workload = record_workload(Script.of("-m", ("recorded_package", "99")), steps=STEPS)
+    assert math.isfinite(first_loss(workload))
+    with pytest.raises(WorkloadError, match="nothing follows it"):
+        Script.of("-m", ())
+
+
 def _parameters(*models: nn.Module) -> list[tuple[nn.Parameter, ...]]:
     return list(zip(*(model.parameters() for model in models), strict=True))

@@ -153,6 +153,20 @@ def test_an_edited_file_repeats_what_is_made_by_those_that_import_it(
     assert (before == digest_of(settings, "profile", tmp_path)) == (name not in FILES)
 
 
+def test_an_edited_package_repeats_what_is_made_by_its_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "pkg"
+    package.mkdir()
+    monkeypatch.chdir(tmp_path)
+    settings = Settings(script="-m", script_args=("pkg.train",), target="h100-sxm")
+    (package / "train.py").write_text("from pkg.net import Net\n")
+    before = digest_of(settings, "profile", tmp_path)
+    assert before == digest_of(settings, "profile", tmp_path)
+    (package / "net.py").write_text("class Net: ...\n")
+    assert before != digest_of(settings, "profile", tmp_path)
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_changed_setting_repeats_the_stages_that_it_decides(name: str, tmp_path: Path) -> None:
     changed = replace(BASE, **{name: OTHERS[name]})

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from autoprec.cli.first import tune_first
+from autoprec.cli.main import main
 from autoprec.errors import SettingsError
 from autoprec.records import Verdict
 from autoprec.report import RunRecords
@@ -53,6 +54,20 @@ def test_a_proven_plan_alone_is_trained_with_after_three_lines(
     assert len(lines) == 3
     assert lines[2].startswith(f"autoprec: {said}")
     assert lines[2].endswith("it now" if status == 0 else "train.py --lr 1")
+
+
+def test_a_module_is_tuned_first_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = with_verdict(make_run(), Verdict.REFUTED)
+    commands = fake_tune(monkeypatch, run, 1)
+    plan = tmp_path / "out" / "plan.json"
+    with pytest.raises(SystemExit):
+        main(["run", "--tune-first", "--plan", str(plan), "-m", "pkg.train", "--lr", "1"])
+    assert commands[0][4:6] == ["--script", "-m"]
+    assert commands[0][-4:] == ["--", "pkg.train", "--lr", "1"]
+    again = f"autoprec run --plan {plan} -m pkg.train --lr 1"
+    assert capsys.readouterr().err.rstrip().endswith(again)
 
 
 def test_a_tuning_that_failed_has_said_why(

@@ -145,9 +145,8 @@ def run(
     if first:
         from autoprec.cli.first import tune_first
 
-        if is_module:
-            raise WorkloadError("--tune-first needs a script's file, but -m names a module")
-        if status := tune_first(script, rest or (), plan):
+        words = [*(["-m"] if is_module else []), script, *(rest or ())]
+        if status := tune_first(words[0], words[1:], plan):
             raise typer.Exit(status)
     loaded = _load_plan(plan)  # refused before torch is imported
     from autoprec.integrations.launch import Script, run_with_plan

@@ -96,21 +96,21 @@ def read_text(path: Path, *, what: str) -> str:
         ) from error
 
 
-def text_digest(file: Path) -> str:
-    """Return a hash of a Python file's text and of what it imports from its folder and below.
+def text_digest(file: Path, *, root: Path | None = None) -> str:
+    """Return a hash of a Python file's text and of what it imports from `root` and below.
 
-    What these import counts too. "" where the file is not there.
+    The root is the file's folder by default. What these import counts too. "" where the file is
+    not there.
     """
     own, texts = file.resolve(), dict[Path, bytes]()
+    root = root.resolve() if root else own.parent
     waiting = [own]
     while waiting:
         path = waiting.pop()
-        if path not in texts and path.is_relative_to(own.parent) and path.is_file():
+        if path not in texts and path.is_relative_to(root) and path.is_file():
             texts[path] = path.read_bytes()
-            waiting += _imported(texts[path], path.parent, own.parent)
-    beside = sorted(
-        (f.relative_to(own.parent).as_posix(), texts[f].hex()) for f in texts if f != own
-    )
+            waiting += _imported(texts[path], path.parent, root)
+    beside = sorted((f.relative_to(root).as_posix(), texts[f].hex()) for f in texts if f != own)
     return short_digest(texts[own].hex(), beside) if own in texts else ""
 
 

@@ -112,13 +112,13 @@ class Folder:
             if stage in known.stages
         }
         # the text of the files and of what they import beside them counts, not their names alone
-        own = settings.script or settings.config or _file_of(settings.workload)
-        files = [Path(own)]
+        files = [_own_file(settings)]
         if settings.proxy and stage in all_settings()["proxy"].stages:
             files.append(_file_of(settings.proxy))
         if stage == "sensitivity" and settings.sensitivity is not None:
             files.append(settings.sensitivity)
-        contents = [text_digest(file) for file in files]
+        root = Path.cwd() if settings.script == "-m" else None
+        contents = [text_digest(file, root=root) for file in files]
         device = profile_digest(target) if target and stage == "profile" else device
         versions = software_versions() if device and not target else __version__
         done = self.state.stages
@@ -134,6 +134,14 @@ def saved_beside(plan_path: Path, plan: Plan, record: type[Table]) -> Table | No
     found = record.load(path)
     structure = found.model.structure if isinstance(found, Profile) else found.structure
     return found if structure == plan.fingerprint.structure else None
+
+
+def _own_file(settings: Settings) -> Path:
+    """Return the workload's file; of a module, where it is in the folder that it is run from."""
+    if settings.script != "-m":
+        return Path(settings.script or settings.config or _file_of(settings.workload))
+    path = Path(*"".join(settings.script_args[:1]).split("."))
+    return path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 def _file_of(workload: str) -> Path:

@@ -113,7 +113,7 @@ class Run:
         if settings.script:
             from autoprec.integrations.launch import Script, record_workload
 
-            script = Script(settings.script, settings.script_args)
+            script = Script.of(settings.script, settings.script_args)
             return record_workload(script, steps=settings.script_steps)
         return load_workload(settings.workload)
 

@@ -79,7 +79,11 @@ class Settings:
 
     workload: str = setting("", "The workload: FILE or FILE:NAME.", STAGES, commands=())
     script: str = setting(
-        "", "Tune what a training script trains instead.", STAGES, commands=(), metavar="TRAIN.py"
+        "",
+        "Tune what a training script trains instead.",
+        STAGES,
+        commands=(),
+        metavar="TRAIN.py | -m MODULE",
     )
     script_args: tuple[str, ...] = setting(
         (), "The script's arguments.", STAGES, commands=(), parse=tuple
@@ -288,7 +292,7 @@ class Settings:
         if (self.batch or self.sequence) and not self.config:
             raise WorkloadError(
                 "--batch and --sequence are for a workload that is a transformers config, but it "
-                f"is {self.script or self.workload!r}, which makes its own batches; "
+                f"is {self.script_line or self.workload!r}, which makes its own batches; "
                 "leave them out"
             )
         if self.script and self.meta:
@@ -319,7 +323,7 @@ class Settings:
 
     def _check_proof(self) -> None:
         if self.script and self.has_workers:
-            raise WorkloadError(NEEDS_FILE.format(given=f"--script {self.script}"))
+            raise WorkloadError(NEEDS_FILE.format(given=f"--script {self.script_line}"))
         if self.horizons and self.verify_budget:
             raise SettingsError(
                 "--horizons says which lengths are measured, and --verify-budget how long, but got "

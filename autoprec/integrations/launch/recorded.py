@@ -240,7 +240,8 @@ def _free(recorder: Recorder) -> None:
 def _digest(script: Script, recorder: Recorder) -> str:
     """Hash the script and what it did: another run of an unseeded script is another workload."""
     losses = [f"{loss:.6g}" for loss in recorder.losses]
-    return short_digest(text_digest(Path(script.name)), repr(script), recorder.wanted, losses)
+    file = Path(vars(sys.modules["__main__"])["__file__"])  # as the script left it
+    return short_digest(text_digest(file), repr(script), recorder.wanted, losses)
 
 
 def _refused(script: Script, reason: str) -> WorkloadError:

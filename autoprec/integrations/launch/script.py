@@ -10,7 +10,7 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
@@ -31,6 +31,19 @@ class Script:
     name: str
     args: tuple[str, ...] = ()
     is_module: bool = False
+
+    @classmethod
+    def of(cls, first: str, rest: Sequence[str]) -> "Script":
+        """Return the script of what stands behind `python`: `FILE ARGS` or `-m MODULE ARGS`.
+
+        Raises:
+            WorkloadError: -m without a module's name.
+        """
+        if first != "-m":
+            return cls(first, tuple(rest))
+        if not rest:
+            raise WorkloadError("-m must be given a module that can be run, but nothing follows it")
+        return cls(rest[0], tuple(rest[1:]), is_module=True)
 
 
 class StopScript(BaseException):
@@ -79,8 +92,8 @@ def _load_file(script: Script) -> tuple[CodeType, ModuleType]:
     path = Path(script.name)
     if not path.is_file():
         raise WorkloadError(
-            f"the script must be a Python file, but {path} is not there; give its path (`run` "
-            "takes -m and a module's name too)"
+            f"the script must be a Python file, but {path} is not there; give its path (of an "
+            "installed command, $(which NAME)), or -m and a module's name"
         )
     _enter(script.name, script.args, folder=str(path.resolve().parent))
     full = os.path.abspath(path)
