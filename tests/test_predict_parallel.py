@@ -189,6 +189,16 @@ def test_layers_that_stay_whole_for_want_of_a_role_are_named(
     assert not any("known role" in n for n in planned(predicted("fsdp=8", spec)).notes)
 
 
+def test_linears_that_peft_adapts_are_split_as_without() -> None:
+    spec = decoder()
+    adapted = [
+        layer.model_copy(update={"name": f"{layer.name}.base_layer"}) if layer.gemm else layer
+        for layer in spec.layers
+    ]
+    plain, wrapped = (predicted("tp=8", model_of(*x)) for x in (spec.layers, adapted))
+    assert step(wrapped, "bf16_o2") == pytest.approx(step(plain, "bf16_o2"))
+
+
 def test_narrow_projections_lose_under_tensor_parallelism() -> None:
     whole, split = predicted("fsdp=8"), predicted("fsdp=8,tp=8")
     assert gain(split, "layers.0.attn.k_proj") < gain(whole, "layers.0.attn.k_proj")

@@ -269,6 +269,10 @@ def test_eager_pays_for_every_kernel() -> None:
         ("transformer.h.0.mlp.c_proj", Role.DOWN),
         ("layers.0.feed_forward.w1", Role.UP),
         ("lm_head", Role.HEAD),
+        ("layers.0.self_attn.q_proj.base_layer", Role.QUERY),
+        ("layers.0.mlp.down_proj.lora_A.default", Role.OTHER),
+        ("transformer_blocks.0.attn.to_out.0", Role.ATTENTION_OUT),
+        ("transformer_blocks.0.ff.net.0.proj", Role.OTHER),
         ("classifier_thing", Role.OTHER),
     ],
 )

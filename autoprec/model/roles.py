@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads")
 KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head")
 
+ADAPTED = ".base_layer"  # what PEFT names the linear that it adapts
+
 
 class Role(StrEnum):
     """A linear's part in a block."""
@@ -63,11 +65,20 @@ def role_of(layer: LayerSpec) -> Role:
     """Return the part that a linear plays, by the last part of its name."""
     if layer.kind is not LayerKind.LINEAR:
         return Role.OTHER
-    *path, last = layer.name.lower().split(".")
+    *path, last = own_name(layer).lower().split(".")
+    if last.isdigit() and path and path[-1] in _NAMES[Role.ATTENTION_OUT]:
+        return Role.ATTENTION_OUT  # diffusers: a projection and its dropout
     if last in _PROJECTIONS:
         parent = path[-1] if path else ""
+        if parent.isdigit():  # of a `nn.Sequential`, whose names do not tell
+            return Role.OTHER
         return Role.DOWN if any(word in parent for word in _MLP_PARENTS) else Role.ATTENTION_OUT
     return next((role for role, names in _NAMES.items() if last in names), Role.OTHER)
+
+
+def own_name(layer: LayerSpec) -> str:
+    """Return a layer's name where no adapter wraps it."""
+    return layer.name.removesuffix(ADAPTED)
 
 
 def attention_heads(model: "nn.Module", layer: LayerSpec) -> int | None:

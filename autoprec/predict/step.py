@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from autoprec.common.recipes import Precision
-from autoprec.model.roles import Role, role_of
+from autoprec.model.roles import Role, own_name, role_of
 from autoprec.predict.gemm import Kernel, kernel_flops_per_us
 from autoprec.predict.layers import Setting, element_bytes, layer_times
 from autoprec.predict.linear import linear_times
@@ -252,7 +252,7 @@ def _tensor_parallel_us(
     for layer in layers:
         # One layer of each block and axis counts: q, k and v share their gathered input.
         axis = split_axis(layer, parallel)
-        block = layer.name if role_of(layer) is Role.HEAD else layer.name.rpartition(".")[0]
+        block = layer.name if role_of(layer) is Role.HEAD else own_name(layer).rpartition(".")[0]
         if layer.gemm is None or not axis or (block, axis) in seen:
             continue
         seen.add((block, axis))
