@@ -13,6 +13,7 @@ import autoprec
 from autoprec.cli.main import main
 from autoprec.errors import AutoprecError, RecordError, SettingsError, WorkloadError
 from autoprec.predict.carry import carry_plan
+from autoprec.predict.family import check_proxy
 from autoprec.predict.transfer import transfer_sensitivity
 from autoprec.records import (
     BF16_O2,
@@ -21,6 +22,7 @@ from autoprec.records import (
     Basis,
     Constraint,
     Fingerprint,
+    LayerKind,
     ModelSpec,
     Option,
     Plan,
@@ -30,7 +32,7 @@ from autoprec.records import (
 )
 from autoprec.report import load_run, render_html
 from tests import proxy_models
-from tests.decoder_specs import linear_layer, model_of
+from tests.decoder_specs import linear_layer, model_of, plain_layer
 from tests.examples import examples
 from tests.search_tables import ROWWISE, TENSORWISE, sensitivity_of
 
@@ -370,6 +372,26 @@ def test_a_proxy_that_cannot_stand_for_the_model_ends_the_run_at_once(
     with pytest.raises(error, match=said):
         autoprec.tune(f"{MODELS}:large", out=tmp_path / "out", **ON_H100, **given)
     assert not list(tmp_path.iterdir())
+
+
+def test_blocks_with_other_norms_are_another_familys() -> None:
+    """A Llama for a Gemma, say: the linears are the same."""
+
+    def normed(blocks: int, *names: str) -> ModelSpec:
+        norms = [
+            plain_layer(f"layers.{block}.{name}", LayerKind.NORM, (64,), (1, 64))
+            for block in range(blocks)
+            for name in ("norm", *names)
+        ]
+        return model_of(*stack(blocks).layers, *norms)
+
+    check_proxy(normed(3), normed(2))
+    with pytest.raises(
+        RecordError, match=r"model have none .* in it: \*.q_norm \(the proxy has no"
+    ):
+        check_proxy(normed(3, "q_norm"), normed(2))
+    with pytest.raises(RecordError, match=r"role that the model has none of: \*.q_norm; build"):
+        check_proxy(normed(3), normed(2, "q_norm"))
 
 
 def test_a_proxy_that_is_no_smaller_is_refused(tmp_path: Path) -> None:

@@ -94,25 +94,21 @@ def check_proxy(large: ModelSpec, small: ModelSpec) -> None:
     """Refuse a proxy that cannot stand for a model.
 
     Raises:
-        RecordError: it is not smaller, a linear of the model has no linear in it, or none of those
-            that could run in FP8 has one that can.
+        RecordError: it is not smaller, a layer of one has no counterpart in the other, or none of
+            the model's linears that could run in FP8 has one that can.
     """
     if small.numel >= large.numel:
         raise RecordError(
             f"a proxy must be smaller than its model, but it has {small.numel:,} parameters and "
             f"the model {large.numel:,}; give a smaller one, or tune without --proxy"
         )
-    own, theirs = _linears(large), _linears(small)
-    places = find_places(own, theirs)
-    missing = [name for name in own if name not in places]
-    if missing:
-        used = {peer for place in places.values() for peer in place.peers}
-        unused = [name for name in theirs if name not in used]
+    missing, other = _without_peer(large, small), _without_peer(small, large)
+    if missing or other:
         raise RecordError(
-            "a proxy must be of the model's family, but linears of the model have none of their "
-            f"role in it: {_roles(missing)} (the proxy has {_roles(unused) or 'no other role'}); "
-            "build the proxy with the model's own code, narrower and with fewer blocks"
+            f"a proxy must be of the model's family, but {_mismatch(missing, other)}; build the "
+            "proxy with the model's own code, narrower and with fewer blocks"
         )
+    places = find_places(_linears(large), _linears(small))
     _check_takes_fp8(large, small, places)
 
 
@@ -131,6 +127,28 @@ def _check_takes_fp8(large: ModelSpec, small: ModelSpec, places: Mapping[str, Pl
 
 def _takes_fp8(layer: LayerSpec) -> bool:
     return any(option.is_fp8 for option in layer.options)
+
+
+def _mismatch(missing: Sequence[str], other: Sequence[str]) -> str:
+    if not missing:
+        return f"it has layers of a role that the model has none of: {_roles(other)}"
+    return (
+        f"layers of the model have none of their role in it: {_roles(missing)} (the proxy has "
+        f"{_roles(other) or 'no other role'})"
+    )
+
+
+def _without_peer(spec: ModelSpec, other: ModelSpec) -> list[str]:
+    """Return the layers whose role no layer of the other model has: linears, then the rest."""
+    called = [layer for layer in spec.layers if layer.calls and layer.kind is not LayerKind.LINEAR]
+    rest = [layer.name for layer in other.layers if layer.kind is not LayerKind.LINEAR]
+    pairs = ((_linears(spec), _linears(other)), ([layer.name for layer in called], rest))
+    return [name for own, peers in pairs for name in _absent(own, peers)]
+
+
+def _absent(own: Sequence[str], peers: Sequence[str]) -> list[str]:
+    places = find_places(own, peers)
+    return [name for name in own if name not in places]
 
 
 def _linears(spec: ModelSpec) -> list[str]:
