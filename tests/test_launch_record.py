@@ -747,5 +747,14 @@ def test_a_module_is_tuned_as_python_m_runs_it(
         Script.of("-m", ())
 
 
+def test_one_process_that_a_script_spawns_is_recorded(tmp_path: Path) -> None:
+    loop = LOOP.replace("sys.argv[1]", "steps").replace("\n", "\n    ")
+    spawn = "torch.multiprocessing.spawn(train, (99,), int(sys.argv[1]))"
+    body = f"{HEAD}\ndef train(rank, steps):{loop}\n{spawn}\n"
+    assert math.isfinite(first_loss(record(tmp_path, body, "1")))
+    with pytest.raises(WorkloadError, match="but the script spawns 2 "):
+        record(tmp_path, body, "2")
+
+
 def _parameters(*models: nn.Module) -> list[tuple[nn.Parameter, ...]]:
     return list(zip(*(model.parameters() for model in models), strict=True))

@@ -15,8 +15,8 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 from autoprec.cli.main import main
 from autoprec.errors import PlanMismatchError, WorkloadError
 from autoprec.integrations.launch import Script, run_with_plan
+from autoprec.integrations.launch.running import RunOutcome
 from autoprec.integrations.launch.script import run_script
-from autoprec.integrations.launch.watch import RunOutcome
 from autoprec.records import BF16_O2, FP32, Option, Phase, Plan, Recipe, fp8_option
 from autoprec.runtime import masters
 from tests.accelerate_state import forget_accelerators, fresh_accelerate
@@ -633,6 +633,44 @@ def test_a_module_runs_as_python_m_runs_it(
     assert capsys.readouterr().out == expected
     with pytest.raises(WorkloadError, match=r"'launched_package\.no' is none that Python finds"):
         run_with_plan(Script("launched_package.no", is_module=True), plan_for(Net()))
+
+
+SPAWNED = (
+    HEAD.partition("model = Net()")[0]
+    + """
+def train(rank, seed):
+    torch.manual_seed(seed + rank)
+    model = Net() if len(sys.argv) < 4 else nn.Linear(32, 16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for x, y in batches(2):
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    torch.save(model.state_dict(), f"{sys.argv[1]}/{rank}.pt")
+    with open(f"{sys.argv[1]}/{rank}", "w") as file:
+        print({p.dtype for p in model.parameters()}, file=file)
+
+if __name__ == "__main__":
+    import torch.multiprocessing as mp
+    mp.start_processes(train, (3,), 2, start_method=sys.argv[2])
+"""
+)
+
+
+@pytest.mark.parametrize("how", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_what_a_script_spawns_trains_with_the_plan(how: str, tmp_path: Path) -> None:
+    outcome = run(tmp_path, SPAWNED, str(tmp_path), how)
+    assert (outcome.status, outcome.was_applied) == (0, True)
+    for rank in "01":
+        assert (tmp_path / rank).read_text() == "{torch.bfloat16}\n"
+        saved = torch.load(tmp_path / f"{rank}.pt")
+        assert all(value.dtype is torch.float32 for value in saved.values())
+
+
+def test_a_plan_that_fits_nothing_that_is_spawned_stops_the_script(tmp_path: Path) -> None:
+    plan = plan_for(nn.Sequential(nn.Linear(5, 3)))
+    with pytest.raises(PlanMismatchError, match="nearest is Linear"):
+        run(tmp_path, SPAWNED, str(tmp_path), "fork", "other", plan=plan)
+    assert not (tmp_path / "0").exists()
 
 
 def test_a_guard_runs_the_schedule_of_a_plan(

@@ -2,7 +2,8 @@
 
 script      runs a script or module as `python` would
 patches     wraps torch's functions for a while and puts them back
-watch       waits for the plan's model in a running script, and applies it: `run_with_plan`
+watch       waits for the plan's model in a running script, and applies it
+running     the script with that watch, and what it spawns: `run_with_plan`
 guarding    a Guard in a script that does not know of it
 tape        the operations between a model's output and its loss, recorded and replayed
 alive       what contains what, and by which variables a script has it
@@ -15,5 +16,5 @@ recorded    what was recorded -> a Workload: `record_workload`
 """
 
 from autoprec.integrations.launch.recorded import record_workload
+from autoprec.integrations.launch.running import run_with_plan
 from autoprec.integrations.launch.script import Script
-from autoprec.integrations.launch.watch import run_with_plan

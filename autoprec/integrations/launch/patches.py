@@ -2,6 +2,7 @@
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,3 +36,14 @@ def patched(owner: object, name: str, around: Function) -> Iterator[None]:
             delattr(owner, name)
             if is_own:
                 setattr(owner, name, original)
+
+
+@contextmanager
+def patched_spawn(around: Function) -> Iterator[None]:
+    """Let `torch.multiprocessing.spawn` and `start_processes` go to `around`."""
+    inner = sys.modules["torch.multiprocessing.spawn"]  # a function hides the module of its name
+    with (
+        patched(torch.multiprocessing, "start_processes", around),
+        patched(inner, "start_processes", around),
+    ):
+        yield

@@ -41,6 +41,7 @@ from autoprec.integrations.launch.optimizers import (
     copy_schedule,
     set_peak_rates,
 )
+from autoprec.integrations.launch.patches import Function, patched_spawn
 from autoprec.integrations.launch.recorder import MODEL_PY, Recorder
 from autoprec.integrations.launch.script import FAILED, Script, StopScript, run_script
 from autoprec.integrations.launch.tape import FromTape, remove_scale, replay
@@ -106,6 +107,7 @@ def _run_recorded(script: Script, recorder: Recorder) -> int:
         contextlib.chdir(os.getcwd()),
         random_state_kept(),
         recorder.following(),
+        patched_spawn(partial(_spawn_here, recorder)),
         contextlib.redirect_stdout(sys.stderr),
         contextlib.suppress(StopScript),  # the recorder knows why
     ):
@@ -115,6 +117,25 @@ def _run_recorded(script: Script, recorder: Recorder) -> int:
         stack.callback(torch.autograd.set_detect_anomaly, torch.is_anomaly_enabled())
         status = run_script(script)
     return status
+
+
+def _spawn_here(
+    recorder: Recorder,
+    _: Function,
+    /,
+    fn: Function,
+    args: Any = (),
+    nprocs: int = 1,
+    *__: Any,
+    **___: Any,
+) -> None:
+    """Be the one process that a script spawns."""
+    if nprocs != 1:
+        recorder.refuse(
+            f"one process must train, but the script spawns {nprocs} (where it counts devices, "
+            "CUDA_VISIBLE_DEVICES=0 makes it one)"
+        )
+    fn(0, *args)
 
 
 def _followers(recorder: Recorder, first: nn.Module) -> set[str]:

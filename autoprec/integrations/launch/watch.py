@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ from autoprec.errors import AutoprecError, PlanMismatchError
 from autoprec.integrations.launch.alive import Part, find_roots, is_joined, join
 from autoprec.integrations.launch.guarding import ScriptGuard
 from autoprec.integrations.launch.patches import Function, patched
-from autoprec.integrations.launch.script import Script, run_script, script_line
+from autoprec.integrations.launch.script import script_line
 from autoprec.integrations.plans import apply_plan, remove_autocast
 from autoprec.model.layers import find_layers, unwrapped
 from autoprec.records import Plan
@@ -57,6 +57,7 @@ from autoprec.workload.optimizers import trained_by, trains
 from autoprec.workload.written import LOW_PRECISION, dtype_name
 
 logger = logging.getLogger(__name__)
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -66,42 +67,6 @@ class Applied:
     model: "weakref.ref[nn.Module]"
     where: str
     optimizers: list[str]
-
-
-@dataclass(frozen=True)
-class RunOutcome:
-    """How a script ended: its exit status, and what became of the plan, in one line."""
-
-    status: int
-    message: str
-    was_applied: bool
-
-
-def run_with_plan(
-    script: Script,
-    plan: Plan,
-    *,
-    guard: bool | None = None,
-    tell: Callable[[str], None] = logger.info,
-) -> RunOutcome:
-    """Run a script in this process with `plan` applied to the model that it trains.
-
-    A Guard watches the run if `guard` says so; with None, if the plan has a precision schedule.
-    `tell` gets a line where the plan was applied, before the model's first step.
-
-    Raises:
-        AutoprecError: there is no such script, or the plan could not be applied when it should.
-    """
-    watch = Watch(plan, guard=bool(plan.schedule) if guard is None else guard, tell=tell)
-    watch.start()
-    try:
-        status = run_script(script)
-    finally:
-        watch.stop()
-        watch.tell_of(watch.untold)
-    if watch.failure is not None:  # the script went on after it
-        raise watch.failure
-    return RunOutcome(status=status, message=watch.describe(), was_applied=bool(watch.applied))
 
 
 class Watch:
@@ -151,15 +116,27 @@ class Watch:
         if self._guard is not None:
             self._guard.steps.close()
 
+    def follow(self, function: Callable[..., R], *args: Any) -> R:
+        """Call what trains, and return what it returns (AutoprecError: the plan cannot be)."""
+        self.start()
+        try:
+            returned = function(*args)
+        finally:
+            self.stop()
+            self.tell_of(self.untold)
+        if self.failure is not None:  # the script went on after it
+            raise self.failure
+        return returned
+
     def describe(self) -> str:
         """Say in one line where the plan was applied, or why it was not."""
         if self.applied:
             return "; ".join(map(self._describe, self.applied))
         if not self.misfits:
             return (
-                "the plan was not applied: no model was called for training in this process; a "
-                "script that starts its processes itself has to call autoprec.apply, or to be "
-                "started by torchrun -m autoprec run"
+                "the plan was not applied: no model was called for training in this process, or in "
+                "one that torch.multiprocessing.spawn started; what starts processes otherwise has "
+                "to call autoprec.apply, or to be started by torchrun -m autoprec run"
             )
         nearest = min(self.misfits, key=lambda name: self.misfits[name][0])
         return (
