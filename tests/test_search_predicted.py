@@ -203,6 +203,24 @@ def test_the_plan_says_what_communication_takes_of_the_gain() -> None:
     assert len(told[1]) == 1
 
 
+def test_linears_that_cannot_take_fp8_are_told_beside_those_that_can() -> None:
+    spec = model_of(linear_layer("odd", 8200, 4096), linear_layer("even", 4096, 4096))
+    why = "K=8200 is not a multiple of 16, which FP8 GEMMs need"
+    assert (
+        f"no FP8 option yet for 67 % of the weights ({why})" in planned(predicted("", spec)).notes
+    )
+
+
+def test_a_plan_without_fp8_says_what_communication_would_take() -> None:
+    hidden, shown = (
+        planned(predicted(at).model_copy(update={"speedup_error": 0.4})) for at in (HIDDEN, SHOWN)
+    )
+    assert {option.is_fp8 for plan in (hidden, shown) for option in plan.options} == {False}
+    said = "but FSDP's communication, which hides behind it, takes 12.31 ms of that, and the rest"
+    assert said in shown.notes[0]
+    assert "communication" not in hidden.notes[0]
+
+
 # --- memory -------------------------------------------------------------------------------------
 
 

@@ -41,7 +41,7 @@ CODES = {
     "slower": "FP8 is slower than BF16 here",
     "costs": "FP8 seems faster, but its gain or gradient error is not good enough",
     "unsure": "FP32 seems faster here, but its gain is not sure",
-    "no-fp8": "FP8 cannot take it: no linear layer, or not of a shape for FP8",
+    "no-fp8": "FP8 cannot take it: no linear layer, or not of a shape or class for FP8",
     "fp32": "BF16 is slower than FP32 here",
     "fp32-costs": "BF16 is faster, but its gradient error too high, or all are FP32",
     "no-bf16": "BF16 cannot take it, or its time is not known",

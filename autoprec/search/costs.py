@@ -142,6 +142,11 @@ class Costs:
         exposed = unhidden(fsdp.moved_ms, fsdp.between_ms + layers, share=fsdp.share)
         return exposed - fsdp.exposed_ms
 
+    def taken_ms(self, options: Sequence[Option], changed: Mapping[int, Option]) -> float:
+        """Return the communication that layers no longer hide where these options change."""
+        others = [changed.get(index, option) for index, option in enumerate(options)]
+        return self.unhidden_ms(others) - self.unhidden_ms(options)
+
     def step_interval(self, options: Sequence[Option]) -> tuple[float, float]:
         """Return the step time with every layer, and what is outside, at either end."""
         chosen, outside = list(self._chosen(options)), self.outside(options)

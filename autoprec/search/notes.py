@@ -5,7 +5,7 @@ The one place that says whether FP8 is worth it; the report shows these notes.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 
 from autoprec.common.text import compared, first_and_more, percent
 from autoprec.model.roles import Role, role_of
@@ -183,12 +183,25 @@ def _why_no_fp8(profile: Profile, problem: Problem, search: Search, options: Opt
             f"on {_count(faster)} where it seems faster ({gain}) the gain is "
             f"within its uncertainty{_steps(profile, options)}"
         )
+    text = f"it is faster on {_count(faster)} ({gain})"
+    return f"{text}, but {_but(problem, search, options, faster)}"
+
+
+def _but(problem: Problem, search: Search, options: Options, faster: Sequence[int]) -> str:
+    """Return what keeps layers out of FP8 that are faster in it."""
+    costs = problem.costs
     closed = [i for i in faster if not any(option.is_fp8 for option in problem.allowed[i])]
-    return f"it is faster on {_count(faster)} ({gain}), but " + (
-        f"{first_and_more(costs.layers[i].name for i in closed)} {MAY_NOT}"
-        if len(closed) == len(faster)
-        else "not by enough for the gradient error it adds (budget "
-        f"{percent(search.grad_error_budget)})"
+    if len(closed) == len(faster):
+        return f"{first_and_more(costs.layers[i].name for i in closed)} {MAY_NOT}"
+    fp8 = {i: [o for o in costs.prices[i] if o.is_fp8] for i in faster}
+    best = {i: min(own, key=lambda o: costs.prices[i][o].ms) for i, own in fp8.items()}
+    lost = costs.taken_ms(options, best)
+    budget = f"for the gradient error it adds (budget {percent(search.grad_error_budget)})"
+    if lost <= 0.0:
+        return f"not by enough {budget}"
+    return (
+        f"FSDP's communication, which hides behind it, takes {lost:.4g} ms of that, and the rest "
+        f"is not enough {budget}"
     )
 
 
@@ -315,11 +328,16 @@ def _no_option_note(profile: Profile) -> str:
     """Return the share of the weights that are in experts, recurrent and other such layers."""
     model = profile.model
     kinds: Counter[str] = Counter()
+    is_able = any(option.is_fp8 for layer in model.layers for option in layer.options)
     for layer in model.layers:
-        if layer.kind in NO_FP8_KINDS and not any(option.is_fp8 for option in layer.options):
-            own = [p for p in layer.parameters if p.shared_with is None]
-            if any(len(p.matrix_shape) > 1 for p in own):  # with its biases, as times leave it out
-                kinds[layer.type_name.rpartition(".")[2]] += sum(p.numel for p in own)
+        if any(option.is_fp8 for option in layer.options):
+            continue
+        own = [p for p in layer.parameters if p.shared_with is None]
+        numel = sum(p.numel for p in own)  # with its biases, as times leave it out
+        if layer.kind in NO_FP8_KINDS and any(len(p.matrix_shape) > 1 for p in own):
+            kinds[layer.type_name.rpartition(".")[2]] += numel
+        elif layer.kind is LayerKind.LINEAR and is_able and layer.refusals:
+            kinds[layer.refusals[0].reason] += numel  # where none is able the first note says why
     for p in (p for p in model.uncovered if len(p.matrix_shape) > 1):
         what = "experts" if p.name in model.loose_experts else "parameters"
         kinds[f"{what} that belong to no layer"] += p.numel

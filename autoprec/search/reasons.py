@@ -137,7 +137,12 @@ def _too_harmful(why: Why, index: int, best: Option, own_ms: float) -> str:
         gain = _bf16_to_fp32(why, index)
     cost = f"{_error_of(price)}, budget {percent(budget)}"
     if price.grad_error < DOMINATES * budget:
-        return f"{gain}, but what it saves is not worth its error ({cost})"
+        lost_ms = why.costs.taken_ms(why.options, {index: best})
+        taken = ""
+        if lost_ms > 0.0:
+            share = percent(lost_ms / (own_ms - price.with_casts_ms))
+            taken = f", less the {share} that FSDP's communication takes,"
+        return f"{gain}, but what it saves{taken} is not worth its error ({cost})"
     is_over = price.grad_error > budget
     verb = "alone is over the budget" if is_over else "dominates the gradient error"
     return f"{gain}, but {verb} ({cost}){_cause(why, index, best)}"
