@@ -333,6 +333,22 @@ def test_torchrun_gives_a_sharded_script_a_plan_of_two_dtypes(tmp_path: Path) ->
     assert "1 of FSDP's groups hold FP32 layers beside 16-bit ones: the root" in done.stderr
 
 
+def test_a_compiled_step_that_steps_the_optimizer_gets_the_plan(tmp_path: Path) -> None:
+    body = f"""{HEAD}
+@torch.compile(backend="eager")
+def step(x, y):
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+for x, y in batches(2):
+    step(x, y)
+assert model.first.weight.dtype is torch.bfloat16
+"""
+    outcome = run(tmp_path, body)
+    assert outcome.status == 0
+    assert "(before AdamW's first step)" in outcome.message
+
+
 def test_a_compiled_model_gets_the_plan_and_compiles_once(tmp_path: Path) -> None:
     body = f"""{HEAD}
 import torch._dynamo.testing

@@ -48,7 +48,7 @@ def run_with_plan(
         AutoprecError: there is no such script, or the plan could not be applied when it should.
     """
     guard = bool(plan.schedule) if guard is None else guard
-    spawned = Spawned(plan, guard, tell, multiprocessing.get_context("spawn").SimpleQueue())
+    spawned = Spawned(plan, guard, tell)
     watch = Watch(plan, guard=guard, tell=tell)
     with patched_spawn(spawned.around):
         status = watch.follow(run_script, script)
@@ -56,40 +56,49 @@ def run_with_plan(
     return RunOutcome(status, watch.describe(), was_applied)
 
 
-@dataclass(frozen=True)
 class Spawned:
-    """What a script spawns, with the plan; each process tells in `outcomes` what became of it."""
+    """What a script spawns, with the plan; each process tells here what became of it."""
 
-    plan: Plan
-    guard: bool
-    tell: Callable[[str], None]
-    outcomes: "SimpleQueue[bool | AutoprecError]"
+    def __init__(self, plan: Plan, guard: bool, tell: Callable[[str], None]) -> None:
+        self._how: tuple[Any, ...] = (plan, guard, tell)
+        self._told: SimpleQueue[bool | AutoprecError] | None = None  # it needs a process of its own
 
     def around(self, call: Function, /, fn: Function, *args: Any, **kwargs: Any) -> Any:
         """Start processes by torch's function; raise what autoprec raised in one of them."""
+        # of the context whose locks every kind of process can have
+        self._told = self._told or multiprocessing.get_context("spawn").SimpleQueue()
         try:
-            return call(partial(self.train, fn), *args, **kwargs)
+            return call(partial(_train, self._told, *self._how, fn), *args, **kwargs)
         except ProcessRaisedException:
             self.was_applied()
             raise
 
-    def train(self, function: Function, rank: int, *args: Any) -> None:
-        """Be a process of the script."""
-        watch = Watch(self.plan, guard=self.guard, tell=self.tell)
-        try:
-            watch.follow(function, rank, *args)
-        except AutoprecError as error:
-            self.outcomes.put(error)
-            raise
-        finally:
-            self.outcomes.put(bool(watch.applied))
-
     def was_applied(self) -> bool:
         """Whether a process that has ended had the plan; raise the error of one that could not."""
         found = []
-        while not self.outcomes.empty():
-            found.append(self.outcomes.get())
+        while self._told is not None and not self._told.empty():
+            found.append(self._told.get())
         for error in found:
             if isinstance(error, AutoprecError):
                 raise error
         return any(found)
+
+
+def _train(
+    told: "SimpleQueue[bool | AutoprecError]",
+    plan: Plan,
+    guard: bool,
+    tell: Callable[[str], None],
+    function: Function,
+    rank: int,
+    *args: Any,
+) -> None:
+    """Be a process of the script."""
+    watch = Watch(plan, guard=guard, tell=tell)
+    try:
+        watch.follow(function, rank, *args)
+    except AutoprecError as error:
+        told.put(error)
+        raise
+    finally:
+        told.put(bool(watch.applied))

@@ -106,7 +106,9 @@ class Watch:
         ]
         for owner, name, around in functions:
             self._until_end.enter_context(patched(owner, name, around))
-        self._until_end.enter_context(register_optimizer_step_pre_hook(self._before_step))
+        # a compiled step that steps the optimizer would trace it
+        before_step = torch.compiler.disable(self._before_step)  # type: ignore[no-untyped-call]
+        self._until_end.enter_context(register_optimizer_step_pre_hook(before_step))
         self._search()
 
     def stop(self) -> None:
