@@ -216,6 +216,7 @@ def _gradients(model: nn.Module) -> dict[str, Tensor]:
     return flags
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's own
 @torch.no_grad()
 def _note(flags: dict[str, Tensor], name: str, tensor: Tensor) -> None:
     """Note under a name whether a tensor is finite, on its device.
