@@ -747,6 +747,14 @@ def test_a_module_is_tuned_as_python_m_runs_it(
         Script.of("-m", ())
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_training_in_a_thread_is_said_to_be(tmp_path: Path) -> None:
+    loop = LOOP.replace("\n", "\n    ")
+    start = "import threading\nt = threading.Thread(target=train)\nt.start()\nt.join()"
+    with pytest.raises(WorkloadError, match="main thread, but runs in another"):
+        record(tmp_path, f"{HEAD}\ndef train():{loop}\n{start}\n")
+
+
 def test_one_process_that_a_script_spawns_is_recorded(tmp_path: Path) -> None:
     loop = LOOP.replace("sys.argv[1]", "steps").replace("\n", "\n    ")
     spawn = "torch.multiprocessing.spawn(train, (99,), int(sys.argv[1]))"

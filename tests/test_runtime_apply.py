@@ -364,3 +364,10 @@ def test_a_failure_in_the_middle_of_installing_leaves_no_trace(
     with pytest.raises(torch.OutOfMemoryError):
         autoprec.apply(plan_for(model), model, optimizer)
     assert equal(everything(model, optimizer), before)
+
+
+def test_a_model_in_float64_is_refused() -> None:
+    model = nn.Linear(16, 16).double()
+    with pytest.raises(PlanMismatchError, match=r"in float64, .* are weight, bias; make"):
+        autoprec.apply(plan_for(model), model)
+    assert model.weight.dtype is torch.float64

@@ -19,7 +19,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from autoprec.common.text import first_and_more
 from autoprec.device.fp8 import EVERY_RECIPE, Fp8Support, fp8_support
 from autoprec.device.random_state import random_state_kept, seed_generators
 from autoprec.device.ranks import (
@@ -32,6 +31,7 @@ from autoprec.errors import CaptureError, WorkloadError
 from autoprec.model.context import Context
 from autoprec.model.layers import (
     ModelLayers,
+    float64_refusal,
     layer_kind,
     linear_refusal,
     model_layers,
@@ -252,12 +252,8 @@ class ObservedStep:
 
 def make_spec(seen: ObservedStep, workload: Workload) -> ModelSpec:
     """Return the spec of the model of a workload's step."""
-    wide = [n for n, p in seen.model.named_parameters() if p.dtype is torch.float64]
-    if wide:
-        raise WorkloadError(
-            "parameters must be in FP32, BF16 or FP16, but in float64, of which a plan's FP32 "
-            f"masters would be less, are {first_and_more(wide)}; make them FP32, or buffers"
-        )
+    if reason := float64_refusal(seen.model):
+        raise WorkloadError(reason)
     names: dict[int, str] = {}  # of parameters, where each came first
     layers = tuple(_layer_spec(name, seen, names=names) for name in seen.calls)
     if not any(layer.calls for layer in layers):

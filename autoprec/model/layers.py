@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.utils import parametrize
 
-from autoprec.common.text import short_digest
+from autoprec.common.text import first_and_more, short_digest
 from autoprec.model.options import NO_PLAIN_WEIGHT
 from autoprec.records import LayerKind
 
@@ -123,6 +124,17 @@ def own_type(module: nn.Module) -> type[nn.Module]:
     cls = type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
     # fully_shard makes a class of (FSDPModule, own)
     return cls.__bases__[1] if cls.__bases__[0].__name__ == "FSDPModule" else cls
+
+
+def float64_refusal(model: nn.Module) -> str:
+    """Return why a model's parameters cannot have FP32 masters; "" if they can."""
+    wide = [name for name, p in model.named_parameters() if p.dtype is torch.float64]
+    if not wide:
+        return ""
+    return (
+        "parameters must be in FP32, BF16 or FP16, but in float64, of which a plan's FP32 "
+        f"masters would be less, are {first_and_more(wide)}; make them FP32, or buffers"
+    )
 
 
 def unwrapped(model: nn.Module, *, parallel: bool = False) -> nn.Module:

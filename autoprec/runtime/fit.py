@@ -17,7 +17,13 @@ from torch._dynamo import OptimizedModule
 from autoprec.common.text import first_and_more, one_line
 from autoprec.device.ranks import sharded_tensor
 from autoprec.errors import PlanMismatchError, RecordError
-from autoprec.model.layers import ModelLayers, layer_kind, linear_refusal, model_layers
+from autoprec.model.layers import (
+    ModelLayers,
+    float64_refusal,
+    layer_kind,
+    linear_refusal,
+    model_layers,
+)
 from autoprec.model.options import shape_refusal
 from autoprec.records import BF16_O2, Assignment, Basis, Constraint, Fingerprint, Option, Plan
 from autoprec.runtime.classes import is_made_here, own_class
@@ -60,6 +66,8 @@ def check_untouched(model: nn.Module, found: ModelLayers) -> None:
                 "a scripted module cannot be changed, and the model has one; "
                 "call autoprec.apply before torch.jit.script"
             )
+    if reason := float64_refusal(model):
+        raise PlanMismatchError(reason)
     # A forward set on a layer itself hides what its class computes; on the root, it is run.
     for name, module in {**found.modules, "": model}.items():
         forward, is_layer = vars(module).get("forward"), name in found.modules

@@ -13,6 +13,7 @@ by call; whatever is not in this order ends the script with the reason:
 import inspect
 import math
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -80,7 +81,7 @@ class Recorder:
         self._stepped: list[Optimizer] = []  # since the last gradient
         self._stepping: Optimizer | None = None
         self._depth = 0  # above 0: inside of the model's forward, or of backward
-        self._mode = Taping()
+        self._mode, self._thread = Taping(), threading.get_ident()
 
     @contextmanager
     def following(self) -> Iterator[None]:
@@ -121,6 +122,8 @@ class Recorder:
     def _record_call(self, call: Function, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if self.refusal or self.steps >= self.wanted:
             raise StopScript  # again: the script caught the first one
+        if threading.get_ident() != self._thread:  # the tape is this thread's
+            self.refuse("training must run in the script's main thread, but runs in another")
         model = unwrapped(module, parallel=True)
         unknown = [t for t in tensors_in((args, kwargs)) if t.requires_grad and not t.is_leaf]
         if not all(self._mode.tape and self._mode.tape.has_made(tensor) for tensor in unknown):

@@ -46,8 +46,8 @@ class Script:
         return cls(rest[0], tuple(rest[1:]), is_module=True)
 
 
-class StopScript(BaseException):
-    """Ends a script from outside; not an Exception, so that the script's handlers let it pass."""
+class StopScript(SystemExit):
+    """Ends a script from outside; the script's handlers let it pass, and threads end silently."""
 
 
 def run_script(script: Script) -> int:
