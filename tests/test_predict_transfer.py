@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoprec.errors import RecordError
-from autoprec.predict.family import depth_weights, role_in_block
+from autoprec.predict.family import Place, depth_weights, find_places, role_in_block
 from autoprec.predict.transfer import (
     default_locks,
     sensitivity_basis,
@@ -115,6 +115,17 @@ def test_a_role_keeps_its_total(small: int, large: int, data: st.DataObject) -> 
         ]
         assert math.fsum(rows) == pytest.approx(total)
         assert min(rows) >= 0.0
+
+
+def test_layers_match_within_their_stage_where_the_stages_are_the_same() -> None:
+    def names(*depths: int) -> list[str]:
+        return [f"stages.{s}.{b}.up" for s, depth in enumerate(depths) for b in range(depth)]
+
+    places = find_places(names(1, 4, 1), names(1, 2, 1))
+    assert places["stages.0.0.up"] == Place(("stages.0.0.up",), 0, 1)
+    assert places["stages.1.2.up"] == Place(("stages.1.0.up", "stages.1.1.up"), 2, 4)
+    fewer = find_places(names(1, 4, 1), names(1, 2))  # other stages: by depth alone
+    assert fewer["stages.1.2.up"] == Place(tuple(names(1, 2)), 3, 6)
 
 
 def test_the_same_depth_gives_the_same_table() -> None:

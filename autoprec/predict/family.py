@@ -5,6 +5,9 @@ the same in the last two parts, else in the last. A number in the last part is a
 it is the first of its name: `fc1` and `fc2` of `layers.3.mlp` do different things, and so do the
 `0` and the `3` of a block's `nn.Sequential`; those of a plain stack `0`, `2`, `4` do not.
 
+Of a name with two numbers the first may be a stage's, of another width and resolution than the next
+one's: where both models have the same stages, a layer matches those of its own stage alone.
+
 Within such a role the first layer matches the first and the last the last: the errors of the first
 block can be a hundred times those of the second, in models of any depth (docs/transfer.md). Those
 between match by relative depth, and one that falls between two stands for each by how near it is:
@@ -50,15 +53,31 @@ def find_places(large: Iterable[str], small: Iterable[str]) -> dict[str, Place]:
     Place(peers=('layers.0.up',), index=1, count=3)
     """
     names, others = list(dict.fromkeys(large)), list(dict.fromkeys(small))
+    staged = dict(_stages(names).items() & _stages(others).items())
     found: dict[str, Place] = {}
     for parts in SHARED_PARTS:
-        roles, peers = (
-            grouped((role_in_block(name, parts), name) for name in each) for each in (names, others)
-        )
-        for role in roles.keys() & peers.keys():
-            for index, name in enumerate(roles[role]):
-                found.setdefault(name, Place(tuple(peers[role]), index, len(roles[role])))
+
+        def role(name: str, parts: int = parts) -> tuple[str, str]:
+            own = role_in_block(name, parts)
+            return own, _stage(name) if not parts and own in staged else ""
+
+        roles, peers = (grouped((role(name), name) for name in each) for each in (names, others))
+        for same in roles.keys() & peers.keys():
+            for index, name in enumerate(roles[same]):
+                found.setdefault(name, Place(tuple(peers[same]), index, len(roles[same])))
     return found
+
+
+def _stages(names: Iterable[str]) -> dict[str, frozenset[str]]:
+    """Return the stages that each role is in."""
+    roles = grouped((role_in_block(name, 0), _stage(name)) for name in names)
+    return {role: frozenset(stages) for role, stages in roles.items()}
+
+
+def _stage(name: str) -> str:
+    """Return the first number of a name that has further ones before its last part, else ""."""
+    numbers = [part for part in name.split(".")[:-1] if part.isdecimal()]
+    return numbers[0] if len(numbers) > 1 else ""
 
 
 def depth_weights(index: int, count: int, peers: int) -> dict[int, float]:
