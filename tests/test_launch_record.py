@@ -747,7 +747,6 @@ def test_a_module_is_tuned_as_python_m_runs_it(
         Script.of("-m", ())
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_training_in_a_thread_is_said_to_be(tmp_path: Path) -> None:
     loop = LOOP.replace("\n", "\n    ")
     start = "import threading\nt = threading.Thread(target=train)\nt.start()\nt.join()"

@@ -20,6 +20,7 @@ import logging
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -41,7 +42,7 @@ from autoprec.integrations.launch.optimizers import (
     copy_schedule,
     set_peak_rates,
 )
-from autoprec.integrations.launch.patches import Function, patched_spawn
+from autoprec.integrations.launch.patches import Function, patched, patched_spawn
 from autoprec.integrations.launch.recorder import MODEL_PY, Recorder
 from autoprec.integrations.launch.script import FAILED, Script, StopScript, run_script
 from autoprec.integrations.launch.tape import FromTape, remove_scale, replay
@@ -108,6 +109,7 @@ def _run_recorded(script: Script, recorder: Recorder) -> int:
         random_state_kept(),
         recorder.following(),
         patched_spawn(partial(_spawn_here, recorder)),
+        patched(threading, "excepthook", _show_other),
         contextlib.redirect_stdout(sys.stderr),
         contextlib.suppress(StopScript),  # the recorder knows why
     ):
@@ -117,6 +119,12 @@ def _run_recorded(script: Script, recorder: Recorder) -> int:
         stack.callback(torch.autograd.set_detect_anomaly, torch.is_anomaly_enabled())
         status = run_script(script)
     return status
+
+
+def _show_other(show: Function, error: Any) -> None:  # Any: threading's own
+    """Show what ended a thread, unless it was the recorder."""
+    if error.exc_type is not StopScript:
+        show(error)
 
 
 def _spawn_here(

@@ -47,7 +47,7 @@ class Script:
 
 
 class StopScript(SystemExit):
-    """Ends a script from outside; the script's handlers let it pass, and threads end silently."""
+    """Ends a script from outside; its handlers let it pass, its processes end silently by it."""
 
 
 def run_script(script: Script) -> int:
