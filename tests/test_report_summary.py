@@ -49,6 +49,13 @@ def test_json_numbers_agree_with_each_other() -> None:
     assert low < speedup["vs_fp32"] < high
 
 
+def test_the_answer_says_what_tensor_parallelism_leaves_whole() -> None:
+    run, said = make_run(), "tp=8 splits no layer: none has a known role (first, second)"
+    assert run.plan is not None
+    told = replace(run, plan=run.plan.model_copy(update={"notes": (*run.plan.notes, said)}))
+    assert said in [text for _, text, _ in answer_facts(summarise_run(told))]
+
+
 def test_json_of_a_run_without_verification_is_predicted_and_has_nulls() -> None:
     found = summary_object(replace(uncertified(make_run()), verification=None), "out")
     assert found["verdict"] == "not_run"

@@ -154,6 +154,7 @@ def summarise_run(run: RunRecords) -> Summary:
         "BF16 O2 is ",
         "no time is known for",
         "no FP8 option yet",
+        "tp=",
     )
     answers, promise = [plan_note(plan, start) for start in starts], Promise.of(run.proof, plan)
     said = map(clean_text, dict.fromkeys(run_remarks(run)))
