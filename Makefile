@@ -7,7 +7,7 @@ WORKERS ?= 2
 # compiled tests are kept: to compile them takes each worker 12 s
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -q -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test check fmt test-random test-gpu test-slow test-export package docs profiles clean
+.PHONY: demo test check fmt test-random test-gpu test-slow test-export test-newest package docs profiles clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -49,6 +49,11 @@ test-export: ## exports against the real torchtitan, Megatron and Transformer En
 	$(VENV)-export/bin/pip install --quiet -c constraints.txt -e '.[consumers]'
 	$(VENV)-export/bin/pytest -q tests/test_export.py
 
+test-newest: ## the test suite with the newest torch that pip takes (a build for CUDA, 5 GB), in a venv of its own
+	$(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/pip install --quiet --upgrade -e '.[dev]'
+	$(VENV)-newest/bin/pytest -q -n $(WORKERS) --dist worksteal
+
 package: $(STAMP) ## an sdist and a wheel in dist/, once the wheel was run in a venv of its own
 	$(BIN)/pytest -q -m slow tests/test_package.py
 	rm -rf dist
@@ -61,4 +66,4 @@ profiles: $(STAMP) ## fit the device profiles again from the published rows in b
 	$(BIN)/python bench/fit_costmodel.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-export runs dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-export $(VENV)-newest runs dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,6 +1,9 @@
 """Profiles and sensitivities from a handful of numbers, for the tests of the search."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import optuna
 
 from autoprec.records import (
     BF16_O2,
@@ -171,3 +174,14 @@ def tensor(*shape: int, dtype: str = "float32") -> TensorSpec:
 
 def called(*inputs: TensorSpec, count: int = 1) -> tuple[CallSpec, ...]:
     return (CallSpec(inputs=inputs, count=count),)
+
+
+@contextmanager
+def opened(url: str) -> Iterator[optuna.storages.RDBStorage]:
+    """Open a study's database as any user of Optuna does."""
+    database = optuna.storages.RDBStorage(url)
+    try:
+        yield database
+    finally:  # Optuna leaves its connections to the garbage collector
+        database.remove_session()
+        database.engine.dispose()

@@ -1,7 +1,6 @@
 import itertools
 import logging
 import math
-import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from autoprec.search.stage import _apart
 from autoprec.search.storage import open_study
 from autoprec.sensitivity.gap import CEILING, HORIZON_STEPS, grad_error_budget_for
 from autoprec.verification import Terms
-from tests.search_tables import ROWWISE, TENSORWISE, TYPICAL, Row, tables_of
+from tests.search_tables import ROWWISE, TENSORWISE, TYPICAL, Row, opened, tables_of
 
 Options = tuple[Option, ...]
 BUDGET = 4e-3
@@ -293,7 +292,8 @@ def test_a_study_of_other_tables_is_left_alone(
     search = run(other, evaluate=meter, storage=storage, trials=1)
     assert len(meter.asked) > count
     assert search == run(other, evaluate=Meter(meter.costs, wobble), trials=1)
-    names = optuna.get_all_study_names(storage)
+    with opened(storage) as database:
+        names = optuna.get_all_study_names(database)
     assert len(names) == 2
     assert names[0] == "autoprec"
     assert names[1].startswith("autoprec-")
@@ -417,15 +417,16 @@ def test_the_study_is_an_ordinary_optuna_study(
     storage = f"sqlite:///{tmp_path / 'study.db'}"
     meter = Meter(make_costs(*tables), wobble)
     search = run(tables, evaluate=meter, storage=storage, trials=2)
-    study = optuna.load_study(study_name="autoprec", storage=storage)
-    assert len(study.directions) == 3
-    assert study.metric_names == ["step time, ms", "gradient error", "bytes"]
-    feasible = [t for t in study.trials if t.values and max(t.constraints.values()) <= 0.0]
+    with opened(storage) as database:
+        study = optuna.load_study(study_name="autoprec", storage=database)
+        assert len(study.directions) == 3
+        assert study.metric_names == ["step time, ms", "gradient error", "bytes"]
+        trials, best = study.trials, study.best_trials
+    feasible = [t for t in trials if t.values and max(t.constraints.values()) <= 0.0]
     assert min(t.values[0] * (1.0 + t.values[1]) for t in feasible) == min(
         t.time_to_loss_ms for t in search.trials if t.feasible
     )
     # the unnamed list, by which optuna-dashboard tells infeasible trials
     assert all(t.constraints["0"] == t.constraints["grad_error"] for t in feasible)
     measured = {point.grad_error_measured for point in search.measured_front}
-    assert {trial.values[1] for trial in study.best_trials} <= measured
-    assert sqlite3.connect(tmp_path / "study.db").execute("select count(*) from trials")
+    assert {trial.values[1] for trial in best} <= measured

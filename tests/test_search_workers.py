@@ -7,7 +7,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import optuna
@@ -17,6 +16,7 @@ from autoprec.errors import RecordError
 from autoprec.search import storage as storage_module
 from autoprec.search.storage import check_storage
 from tests.ranks import FORKS
+from tests.search_tables import opened
 from tests.search_worker import BUDGET, COSTS, ROWS, searched, truth
 
 OPTIONS = [tuple(row) for row in ROWS.values()]
@@ -40,16 +40,6 @@ def measured_by(folder: Path) -> dict[int, list[str]]:
         int(path.stem): [line.split()[1] for line in path.read_text().splitlines()]
         for path in folder.glob("*.txt")
     }
-
-
-@contextmanager
-def opened(url: str) -> Iterator[optuna.storages.RDBStorage]:
-    database = optuna.storages.RDBStorage(url)
-    try:
-        yield database
-    finally:  # Optuna leaves its connections to the garbage collector
-        database.remove_session()
-        database.engine.dispose()
 
 
 def stored_trials(url: str) -> list[optuna.trial.FrozenTrial]:

@@ -40,7 +40,11 @@ class _QuickSqlite(sqlite3.Connection):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # Any: sqlite3's own arguments
         super().__init__(*args, **kwargs)
-        self.execute("PRAGMA synchronous=OFF").close()
+        try:
+            self.execute("PRAGMA synchronous=OFF").close()
+        except sqlite3.Error:  # no database: nobody else has this connection to close it
+            self.close()
+            raise
 
 
 @contextmanager
@@ -113,9 +117,12 @@ def check_storage(storage: str) -> None:
 def _open_database(storage: str, team: Team | None) -> "optuna.storages.RDBStorage":
     import optuna
     from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
+    from sqlalchemy.pool import NullPool
 
+    # without a pool each connection is closed after use, whatever of the making fails
     sqlite = {"factory": _QuickSqlite, "timeout": LOCKED_S}
-    options = {"connect_args": sqlite} if storage.startswith("sqlite") else {}
+    options = {"connect_args": sqlite, "poolclass": NullPool}
+    options = options if storage.startswith("sqlite") else {}
     make = partial(
         optuna.storages.RDBStorage,
         storage,
