@@ -1,8 +1,8 @@
 """What `tune` prints: the answer, what it rests on and what to do next, in at most 25 lines.
 
-Every fact has at most three. A terminal narrower than COMMON has more lines of each, and facts
-that the page has no room for are left out, the least needed first; `--verbose` and the report have
-all of them.
+Every fact has at most three, but the proof, which ends with what its verdict does not show: that
+has all that are left. A terminal narrower than COMMON has more lines of each, and facts that the
+page has no room for are left out, the least needed first; `--verbose` and the report have all.
 """
 
 import shlex
@@ -42,8 +42,10 @@ def print_answer(found: Summary, console: Console, *, out: Path | str | None = N
     )
     lines: list[Text] = []
     for key, text, style in answer_facts(found):
-        wrapped = _wrapped(text, console, console.width - KEY, style)
-        if len(lines) + len(wrapped) <= left:
+        room = left - len(lines)
+        most = room if key == "proof" else None
+        wrapped = _wrapped(text, console, console.width - KEY, style, most)
+        if len(wrapped) <= room:
             keys = [key, *[""] * (len(wrapped) - 1)]
             lines += [Text(f"{k:{KEY}}").append_text(w) for k, w in zip(keys, wrapped, strict=True)]
     for line in (*head, *lines):
@@ -133,9 +135,11 @@ def _lines_of(lines: int, width: int) -> int:
     return max(lines, lines * COMMON // width)
 
 
-def _wrapped(text: str, console: Console, width: int, style: str) -> list[Text]:
-    """Return a text in lines of that width, cut after MOST_OF_ONE of a common terminal."""
-    most = _lines_of(MOST_OF_ONE, width)
+def _wrapped(
+    text: str, console: Console, width: int, style: str, most: int | None = None
+) -> list[Text]:
+    """Return a text in lines of that width, cut after `most`, MOST_OF_ONE of a common terminal."""
+    most = most or _lines_of(MOST_OF_ONE, width)
     lines = list(shown_text(Line(text, style), console).wrap(console, width))
     for line in lines:
         line.rstrip()

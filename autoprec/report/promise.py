@@ -119,7 +119,7 @@ class Promise:
         known = f"the loss gap to FP32 is {formats.gap(self.gap)}" if self.gap else ""
         tolerance = f"the tolerance is {formats.share(self.loss_tolerance)}"
         metrics = [f"{clean_text(m.name)} is {m.verdict}" for m in self.metrics if m.tolerance]
-        said = (known or "no loss gap is known", tolerance, *metrics, clean_text(self.advice))
+        said = (known or "no loss gap is known", tolerance, clean_text(self.advice), *metrics)
         return f"{self.words}: {'; '.join(part for part in said if part)}"
 
     @property
