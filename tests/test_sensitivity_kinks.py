@@ -520,6 +520,22 @@ def test_kinks_count_in_other_rows_as_they_do_in_measured_ones(
     assert all(found.errors[cell] == 2e-3 for cell in others)
 
 
+def test_rows_with_hardly_a_kink_say_nothing_of_those_with_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As of a PVT v2: of 13 measured rows one had kinks, 5e-5 of it, and was 0.62 of its probe."""
+    rowwise, parts = fp8_option(Recipe.ROWWISE), [0.0, 0.0, 0.0, 5e-5, 0.9]
+    cells = [(f"layer{i}", rowwise) for i in range(len(parts))]
+    rows = [LayerSensitivity(name=n, option=o, grad_error=Estimate(mean=2e-3)) for n, o in cells]
+    exact = {cell: Estimate(mean=1e-3) for cell in cells[:3]} | {cells[3]: Estimate(mean=6.2e-4)}
+    monkeypatch.setattr(tables, "_exact_errors", lambda *_: exact)
+    kinks = dict(zip(cells, parts, strict=True))
+    table = Table(Method.SIGN_CODED, tuple(rows), (), kinks=kinks)
+    reference, first = SimpleNamespace(batches=range(2)), dict.fromkeys(cells, 1e-3)
+    found = refine_table(reference, table, cells[:4], batches=1, probed=first)  # type: ignore[arg-type]  # only counts
+    assert found.errors[cells[4]] == 2e-3
+
+
 def test_the_table_is_checked_both_ways_and_says_what_stays_outside() -> None:
     reference = prepared(nn.SiLU)
     cells = list_cells(reference.spec, [fp8_option(Recipe.ROWWISE)])

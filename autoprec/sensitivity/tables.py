@@ -229,7 +229,9 @@ def _with_kinks_as_measured(
     if len(pairs) < FEWEST_FITTED or slope == 0.0:
         return table
     left = math.fsum((found - slope * part) ** 2 for part, found in pairs) / (len(pairs) - 1)
-    if left > SPREAD**2:  # rows have no factor in common: 0.7 there, 0.1 to 0.2 where they have
+    # rows have no factor in common (0.7 there, 0.1 to 0.2 where they have), or too few kinks to
+    # tell of the rows that have many
+    if max(left, (ONE_BATCH * max(table.kinks.values())) ** 2 / weight) > SPREAD**2:
         return table
     slope *= max(1.0 - left / weight / slope**2, 0.0)
     factors = {cell: math.exp(slope * part) for cell, part in table.kinks.items()}
