@@ -14,7 +14,8 @@ Code that torch.compile traces, what has a graph, and other dtypes see torch's o
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,18 +54,33 @@ def follow_averages() -> None:
 @torch.no_grad()
 def _update_average(updates: Function, average: Any, model: nn.Module) -> None:
     """Update an AveragedModel: an `avg_fn` and the first copy know no masters by themselves."""
-    pairs = zip(average.module.parameters(), model.parameters(), strict=False)  # as torch does
+    pairs = list(zip(average.module.parameters(), model.parameters(), strict=False))  # as torch
     met = [pair for pair in pairs if _meets_bf16(*pair)]
+    low = [pair for pair in met if pair[0].dtype is torch.bfloat16]
+    found = _planned(weight for _, weight in met)
+    exact = {id(w): _exact(w, found).to(a.dtype) for a, w in met if a.dtype is not torch.bfloat16}
+    weights = _Weights([exact.get(id(w), w) for _, w in pairs], model.buffers)
     is_first, own = bool(average.n_averaged == 0), average.multi_avg_fn
-    if met and own is None:
+    if low and own is None:
         by_one = average.avg_fn and functools.partial(_average_each, average.avg_fn)
         average.multi_avg_fn = by_one or get_swa_multi_avg_fn()  # type: ignore[no-untyped-call]
     try:
-        updates(average, model)
+        updates(average, weights)
     finally:
         average.multi_avg_fn = own
-    if met and is_first:
-        _follow(torch._foreach_copy_, *map(list, zip(*met, strict=True)))
+    if low and is_first:
+        _follow(torch._foreach_copy_, *map(list, zip(*low, strict=True)))
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """A model as an AveragedModel takes it, with FP32 weights where the average has such."""
+
+    exact: Sequence[Tensor]
+    buffers: Callable[[], Iterator[Tensor]]
+
+    def parameters(self) -> Iterator[Tensor]:
+        return iter(self.exact)
 
 
 def _average_each(own: Function, averages: Any, ends: Any, count: Tensor) -> None:
