@@ -67,7 +67,7 @@ def train(
     losses = []
     for x, y in itertools.islice(batches(), first, first + steps):
         optimizer.zero_grad()
-        loss = F.mse_loss(model(x), y)
+        loss = F.mse_loss(model(x).float(), y)  # torch 2.11 differentiates none of BF16 and FP32
         torch.autograd.backward(loss)
         optimizer.step()
         losses.append(loss.item())

@@ -38,6 +38,7 @@ from autoprec.profiler.groups import Group, group_layers, record_step
 from autoprec.profiler.layers import LayerMeter
 from autoprec.records import BF16_O2, FP32, LayerTiming, Option, Recipe, fp8_option
 from autoprec.records.cost import ratio_error
+from autoprec.runtime import install_options
 from autoprec.tuning.run import Run
 from autoprec.tuning.settings import Settings
 from autoprec.workload.functions import take_batches
@@ -93,6 +94,16 @@ def test_layers_are_timed_compiled_and_their_parts_eager() -> None:
         assert fp8.beside == ("gelu", "add")
         assert fp8.note == ""
         assert rows["bf16_o2"].beside == rows["fp32"].beside == ()
+
+
+def test_a_layer_alone_is_a_graph_in_each_precision() -> None:
+    for option in (FP32, BF16_O2):
+        model = nn.Sequential(nn.Linear(8, 8))
+        install_options(model, {"0": option})
+        with opened() as compilation:
+            before = made_graphs()
+            compilation.compile_layer(model[0])(torch.ones(2, 8))
+            assert made_graphs() == before + 1
 
 
 @needs_fp8

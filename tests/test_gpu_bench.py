@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from autoprec.model.meta import capture_on_meta
-from autoprec.records import Recipe, fp8_option
+from autoprec.profiler.compiling import COMPILED, made_graphs, open_compilation
+from autoprec.records import BF16_O2, Recipe, fp8_option
+from tests.constant_clock import CPU
 from tests.fake_gpu import GPU, FakeGpu
 from tests.ranks import every_recipe, start_ranks
 
@@ -120,6 +122,15 @@ def test_what_is_timed_stays_on_its_device(tmp_path: Path, bench: Any) -> None:
         torch.autograd.backward(model(tokens, tokens))
     assert gpu.mixed == []
     assert len(gpu.gemms) == 3 * 8
+
+
+def test_a_compiled_linear_in_context_is_a_graph(tmp_path: Path, bench: Any) -> None:
+    measuring = bench("gpu_measuring")
+    day = measuring.Day(CPU, tmp_path, is_quick=True)
+    with open_compilation(CPU, COMPILED, backend=day.backend):
+        before = made_graphs()
+        measuring.linear_step(day, (16, 32, 16), BF16_O2, COMPILED)()
+        assert made_graphs() == before + 1
 
 
 def test_tables_have_the_columns_of_bench_data(tmp_path: Path, bench: Any) -> None:

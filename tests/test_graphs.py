@@ -209,6 +209,9 @@ def test_what_dynamo_finds_hard_is_no_harder_with_a_plan(kind: type[nn.Module]) 
     assert counts[1] == counts[0] > 0
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.11"), reason="plain ones are eager by .compile() there, too"
+)
 def test_a_layer_that_is_compiled_alone_is_a_graph() -> None:
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU())
     autoprec.apply(plan_for(model, BF16_O2), model)

@@ -192,6 +192,9 @@ def test_only_fused_optimizers_of_torch_leave_steps_out_by_themselves() -> None:
     }
     for kind, given in fused.items():
         optimizer: Any = kind(weights, lr=0.1, fused=True, **given)
+        if kind is torch.optim.Adagrad and torch.__version__.startswith("2.11"):
+            assert not can_hold(optimizer)  # its kernels took no flag there
+            continue
         assert can_hold(optimizer)
         before = weights[0].detach().clone()
         weights[0].grad = torch.full((4,), math.nan)

@@ -4,6 +4,7 @@ import itertools
 import logging
 import math
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -418,13 +419,18 @@ def counting_backend(graphs: list[str]) -> Callable[..., Any]:
     return compile_graph
 
 
-def test_steps_are_compiled_but_for_the_eager_ones() -> None:
+def row_of_layers() -> nn.Module:
+    return nn.Sequential(OrderedDict(Mlp().named_children()))
+
+
+@pytest.mark.parametrize("build_model", [Mlp, row_of_layers])
+def test_steps_are_compiled_but_for_the_eager_ones(build_model: Callable[[], nn.Module]) -> None:
     graphs: list[str] = []
     variants: dict[str, Variant] = {"fp32": {}, "bf16_o2": BF16, "eager_bf16_o2": Eager(BF16)}
     variants[AS_WRITTEN] = AS_WRITTEN
     with open_compilation(CPU, "default", backend=counting_backend(graphs)) as compilation:
         del graphs[:]  # of the check whether compiling works
-        found = timed(workload(), variants, compilation=compilation)
+        found = timed(workload(build_model), variants, compilation=compilation)
         assert compilation is not None
         assert compilation.seconds > 0
         assert compilation.recompiles == 0

@@ -120,6 +120,9 @@ def open_compilation(
             recompile_limit=MOST_GRAPHS,
             accumulated_recompile_limit=MOST_GRAPHS,
             fail_on_recompile_limit_hit=True,
+            # what torch.nn calls is a frame that dynamo skips: `Sequential.compile()` would be
+            # eager up to torch 2.13, and a lone BF16 layer with 2.11
+            wrap_top_frame=True,
         ):
             if problem := compiler_problem(device, backend):
                 raise DeviceError(f"{problem}, or time with --eager")
