@@ -122,10 +122,24 @@ def test_layers_match_within_their_stage_where_the_stages_are_the_same() -> None
         return [f"stages.{s}.{b}.up" for s, depth in enumerate(depths) for b in range(depth)]
 
     places = find_places(names(1, 4, 1), names(1, 2, 1))
-    assert places["stages.0.0.up"] == Place(("stages.0.0.up",), 0, 1)
-    assert places["stages.1.2.up"] == Place(("stages.1.0.up", "stages.1.1.up"), 2, 4)
+    assert places["stages.0.0.up"] == Place(("stages.0.0.up",), 0, 1, is_staged=True)
+    peers = ("stages.1.0.up", "stages.1.1.up")
+    assert places["stages.1.2.up"] == Place(peers, 2, 4, is_staged=True)
     fewer = find_places(names(1, 4, 1), names(1, 2))  # other stages: by depth alone
     assert fewer["stages.1.2.up"] == Place(tuple(names(1, 2)), 3, 6)
+
+
+def test_the_ends_of_a_stage_are_as_what_is_between_them() -> None:
+    def staged(blocks: int, structure: str) -> ModelSpec:
+        names = ("stages.0.0.up", *(f"stages.1.{block}.up" for block in range(blocks)))
+        made = model_of(*(linear_layer(name, 64, 64, options=OPTIONS) for name in names))
+        return made.model_copy(update={"structure": structure * 16})
+
+    small = staged(3, "2")
+    errors = dict.fromkeys(small.names, 1e-3)
+    large = transfer_sensitivity(measured(small, errors), staged(6, "1"))
+    found = [error_of(large, f"stages.1.{block}.up") for block in range(6)]
+    assert found == pytest.approx([5e-4] * 6)
 
 
 def test_the_same_depth_gives_the_same_table() -> None:

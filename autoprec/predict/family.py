@@ -6,7 +6,8 @@ it is the first of its name: `fc1` and `fc2` of `layers.3.mlp` do different thin
 `0` and the `3` of a block's `nn.Sequential`; those of a plain stack `0`, `2`, `4` do not.
 
 Of a name with two numbers the first may be a stage's, of another width and resolution than the next
-one's: where both models have the same stages, a layer matches those of its own stage alone.
+one's: where both models have the same stages, a layer matches those of its own stage alone. A
+stage's ends are like what is between them.
 
 Within such a role the first layer matches the first and the last the last: the errors of the first
 block can be a hundred times those of the second, in models of any depth (docs/transfer.md). Those
@@ -38,19 +39,20 @@ class Place:
     """Where a layer of the large model stands.
 
     `peers` are the small model's layers of its role, in order; the layer is the `index`-th of
-    `count` that have them as peers.
+    `count` that have them as peers, all in one stage of several where `is_staged`.
     """
 
     peers: tuple[str, ...]
     index: int
     count: int
+    is_staged: bool = False
 
 
 def find_places(large: Iterable[str], small: Iterable[str]) -> dict[str, Place]:
     """Return the place of every layer of the large model that has a peer, by name.
 
     >>> find_places(["layers.0.up", "layers.1.up", "layers.2.up"], ["layers.0.up"])["layers.1.up"]
-    Place(peers=('layers.0.up',), index=1, count=3)
+    Place(peers=('layers.0.up',), index=1, count=3, is_staged=False)
     """
     names, others = list(dict.fromkeys(large)), list(dict.fromkeys(small))
     staged = dict(_stages(names).items() & _stages(others).items())
@@ -64,7 +66,8 @@ def find_places(large: Iterable[str], small: Iterable[str]) -> dict[str, Place]:
         roles, peers = (grouped((role(name), name) for name in each) for each in (names, others))
         for same in roles.keys() & peers.keys():
             for index, name in enumerate(roles[same]):
-                found.setdefault(name, Place(tuple(peers[same]), index, len(roles[same])))
+                place = Place(tuple(peers[same]), index, len(roles[same]), bool(same[1]))
+                found.setdefault(name, place)
     return found
 
 

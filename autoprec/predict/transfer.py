@@ -2,8 +2,8 @@
 
 Transferred: a layer takes its gradient error from the layers of the small model that do the same
 thing at the same relative depth (`family`), geometrically between two. The first and the last of a
-role keep their own; the total of those between is kept and spread over more layers: the residual
-stream is longer, and each layer's share of it smaller. The loss
+role keep their own; the total of those between (of a stage, of all) is kept and spread over more
+layers: the residual stream is longer, and each layer's share of it smaller. The loss
 curve and the activations' error are the small model's. docs/transfer.md says what of this holds
 over widths and depths, and how a small model has to be built for it.
 
@@ -128,15 +128,16 @@ def _transferred(
 ) -> list[LayerSensitivity]:
     """Return the rows of a layer by its peers', one for each option that one of them has."""
     same = [[table[n, o] for n in place.peers if (n, o) in table] for o in layer.options]
-    return [_share(layer.name, rows, place.index, place.count) for rows in same if rows]
+    return [_share(layer.name, rows, place) for rows in same if rows]
 
 
-def _share(name: str, rows: Sequence[LayerSensitivity], index: int, count: int) -> LayerSensitivity:
-    """Return a role's row at the index-th of count places, by its peers' rows."""
+def _share(name: str, rows: Sequence[LayerSensitivity], place: Place) -> LayerSensitivity:
+    """Return a role's row at a place, by its peers' rows."""
     errors = [max(row.grad_error.mean, 0.0) for row in rows]
-    places, peers = _alike(index, count, len(rows))
+    index, count = place.index, place.count
+    places, peers = _alike(place, len(rows))
     total = math.fsum(errors[at] for at in peers)
-    reached = math.fsum(_between(errors, place, count) for place in places)
+    reached = math.fsum(_between(errors, at, count) for at in places)
     scale = total / reached if reached > 0.0 else 1.0
     weights = depth_weights(index, count, len(rows))
     known = [error for at in weights if (error := rows[at].grad_error.stderr) is not None]
@@ -150,12 +151,13 @@ def _share(name: str, rows: Sequence[LayerSensitivity], index: int, count: int) 
     )
 
 
-def _alike(index: int, count: int, peers: int) -> tuple[Sequence[int], Sequence[int]]:
-    """Return the places like the index-th, and the peers like it, whose total these places share.
+def _alike(place: Place, peers: int) -> tuple[Sequence[int], Sequence[int]]:
+    """Return the places like this one, and the peers like it, whose total these places share.
 
-    The first and the last are like nothing else, where there are others.
+    The first and the last are like nothing else, where there are others; a stage's are no ends.
     """
-    if min(count, peers) < ENDS + 1:
+    index, count = place.index, place.count
+    if place.is_staged or min(count, peers) < ENDS + 1:
         return range(count), range(peers)
     if index in (0, count - 1):
         return [index], [0 if index == 0 else peers - 1]
