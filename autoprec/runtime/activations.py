@@ -228,6 +228,8 @@ def cast_floating(value: Any, dtype: torch.dtype) -> Any:  # Any: whatever a mod
         if all(new is old for new, old in zip(items, value, strict=True)):
             return value
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if value is None or isinstance(value, int | float | str):
+        return value  # dynamo of torch 2.11 cannot ask whether these are dataclasses
     return _cast_fields(value, dtype)
 
 

@@ -172,6 +172,7 @@ def _joining(dtype: torch.dtype) -> property:
     the mode on it is the graph of forward, whose operations selective checkpointing counts.
     """
 
+    @part_of_callers  # by itself, behind a break, it would ask itself for ever (torch 2.11)
     def compiled(self: nn.Module) -> Any:  # Any: what `module.compile()` sets
         found = vars(self).get("_compiled_call_impl")
         if found is not None and not torch.compiler.is_compiling():
