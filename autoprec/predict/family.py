@@ -19,7 +19,7 @@ One layer alone stands for all of the other model's equally; where there are two
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from autoprec.common.grouping import grouped
@@ -55,20 +55,24 @@ def find_places(large: Iterable[str], small: Iterable[str]) -> dict[str, Place]:
     Place(peers=('layers.0.up',), index=1, count=3, is_staged=False)
     """
     names, others = list(dict.fromkeys(large)), list(dict.fromkeys(small))
-    staged = dict(_stages(names).items() & _stages(others).items())
+    staged = {role for role, _ in _stages(names).items() & _stages(others).items()}
     found: dict[str, Place] = {}
     for parts in SHARED_PARTS:
-
-        def role(name: str, parts: int = parts) -> tuple[str, str]:
-            own = role_in_block(name, parts)
-            return own, _stage(name) if not parts and own in staged else ""
-
-        roles, peers = (grouped((role(name), name) for name in each) for each in (names, others))
+        roles, peers = (
+            grouped((_staged_role(name, parts, staged), name) for name in each)
+            for each in (names, others)
+        )
         for same in roles.keys() & peers.keys():
             for index, name in enumerate(roles[same]):
                 place = Place(tuple(peers[same]), index, len(roles[same]), bool(same[1]))
                 found.setdefault(name, place)
     return found
+
+
+def _staged_role(name: str, parts: int, staged: Collection[str]) -> tuple[str, str]:
+    """Return a layer's role, and its stage where the role is matched by stages."""
+    role = role_in_block(name, parts)
+    return role, _stage(name) if not parts and role in staged else ""
 
 
 def _stages(names: Iterable[str]) -> dict[str, frozenset[str]]:

@@ -56,6 +56,9 @@ def _update_average(updates: Function, average: Any, model: nn.Module) -> None:
     """Update an AveragedModel: an `avg_fn` and the first copy know no masters by themselves."""
     pairs = list(zip(average.module.parameters(), model.parameters(), strict=False))  # as torch
     met = [pair for pair in pairs if _meets_bf16(*pair)]
+    if not met:
+        updates(average, model)
+        return
     low = [pair for pair in met if pair[0].dtype is torch.bfloat16]
     found = _planned(weight for _, weight in met)
     exact = {id(w): _exact(w, found).to(a.dtype) for a, w in met if a.dtype is not torch.bfloat16}

@@ -121,12 +121,11 @@ def _open_database(storage: str, team: Team | None) -> "optuna.storages.RDBStora
 
     # without a pool each connection is closed after use, whatever of the making fails
     sqlite = {"factory": _QuickSqlite, "timeout": LOCKED_S}
-    options = {"connect_args": sqlite, "poolclass": NullPool}
-    options = options if storage.startswith("sqlite") else {}
+    of_file = {"connect_args": sqlite, "poolclass": NullPool}
     make = partial(
         optuna.storages.RDBStorage,
         storage,
-        engine_kwargs=options,
+        engine_kwargs=of_file if storage.startswith("sqlite") else {},
         heartbeat_interval=BEAT_S if team else None,
         grace_period=STALE_S if team else None,
     )
