@@ -93,6 +93,15 @@ def test_a_proof_on_a_proxy_is_not_cut_before_what_takes_it_back() -> None:
     advice = "so would be one that learned nothing, as these branches lower the held-out loss"
     known = {"proxy": proxy, "gap": gap, "loss_tolerance": 3e-3, "advice": advice}
     proof = run.verification.model_copy(update=known)
+    off = (
+        "the table of gradient errors is off where it was measured jointly: rows are a guess; " * 3
+    )
+    assert run.sensitivity
+    table = run.sensitivity.model_copy(update={"table_check": f"{off}."})
+    target = console(80)
+    full = summarise_run(replace(run, verification=proof, sensitivity=table))
+    print_answer(replace(full, left_out=("what has no FP8 option " * 8,) * 3), target)
+    assert "\ncheck " in printed(target)  # said, whatever else there is no room for
     target = console(80)
     print_answer(summarise_run(replace(run, verification=proof)), target)
     assert f"3 seeds); the tolerance is 0.30 %; {advice}" in squeezed(printed(target))

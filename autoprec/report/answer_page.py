@@ -64,13 +64,13 @@ def answer_facts(found: Summary) -> Iterator[tuple[str, str, str]]:
         ("proof", promise.sentence if has_plan else "", STYLES[promise.verdict]),
         ("refuted", found.refuted, ""),
         ("further", promise.expectation if has_plan else "", ""),
+        ("check", sensitivity.table_check if sensitivity else "", ""),
         ("FP8", "" if is_said else answer.fp8.removeprefix("FP8 "), ""),
         ("BF16", found.bf16_answer.removeprefix("BF16 O2 "), ""),
         ("kept", found.keep_answer, ""),
         ("skipped", found.passed_over, ""),
         ("layers", found.counted.partition(": ")[2], ""),
         *(("left out", text, "") for text in found.left_out),
-        ("check", sensitivity.table_check if sensitivity else "", ""),
         ("compile", found.compile_answer if has_plan else "", ""),
     ]
     return (fact for fact in facts if fact[1])
