@@ -17,6 +17,7 @@ from autoprec.records import (
     Refusal,
     Verdict,
 )
+from autoprec.records.plan import Certificate
 from autoprec.records.verification import LossGap, Proxy
 from autoprec.report import RunRecords, formats, layers_frame, print_record, print_summary
 from autoprec.report.answer_page import print_answer
@@ -24,6 +25,7 @@ from autoprec.report.formats import clean_text
 from autoprec.report.layer_frame import CODES, reason_code
 from autoprec.report.layer_table import fold_layers, layers_parts
 from autoprec.report.page import render_html
+from autoprec.report.promise import Promise
 from autoprec.report.summary import Summary, summarise_run
 from autoprec.report.text_table import print_parts
 from autoprec.tuning.plan import Plan as PlanWithVerbs
@@ -105,6 +107,13 @@ def test_a_proof_on_a_proxy_is_not_cut_before_what_takes_it_back() -> None:
     target = console(80)
     print_answer(summarise_run(replace(run, verification=proof)), target)
     assert f"3 seeds); the tolerance is 0.30 %; {advice}" in squeezed(printed(target))
+    little = "in branches that learned less than the tolerance"
+    assert f"proxy over {proof.warmup_steps + proof.branch_steps} steps, {little}" in squeezed(
+        printed(target)
+    )
+    short = Promise.of(Certificate.of(proof), run.plan)  # what the plan's own file keeps of it
+    assert short.words.endswith(little)
+    assert short.badge.endswith(little)
 
 
 def test_the_answer_of_every_size_at_every_width() -> None:

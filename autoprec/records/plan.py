@@ -126,6 +126,7 @@ class Certificate(Record):
     seeds: NonNegativeInt
     warmup_steps: NonNegativeInt
     branch_steps: NonNegativeInt
+    advice: str = ""
     proxy: Proxy | None = None
     expected_gap: ExpectedGap | None = None
     metrics: Many[MetricGap] = ()

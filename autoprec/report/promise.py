@@ -96,11 +96,21 @@ class Promise:
 
     def _reaching(self, said: str) -> str:
         where = " on a proxy" if self.proxy else ""
-        return f"{said}{where} {self.reach}".rstrip()
+        return f"{said}{where} {self.reach}".rstrip() + self._restriction
+
+    @property
+    def _restriction(self) -> str:
+        """What takes a part back: a verified proof has `advice` only if its branches were idle."""
+        is_idle = self.verdict is Verdict.VERIFIED and self.advice
+        return ", in branches that learned less than the tolerance" if is_idle else ""
 
     @property
     def words(self) -> str:
         """The verdict, the model that trained if it was not the plan's own, and for how long."""
+        return f"{self._trained}{self._restriction}"
+
+    @property
+    def _trained(self) -> str:
         if self.verdict is Verdict.NOT_RUN:
             return "not verified"
         model = ""
@@ -120,7 +130,7 @@ class Promise:
         tolerance = f"the tolerance is {formats.share(self.loss_tolerance)}"
         metrics = [f"{clean_text(m.name)} is {m.verdict}" for m in self.metrics if m.tolerance]
         said = (known or "no loss gap is known", tolerance, clean_text(self.advice), *metrics)
-        return f"{self.words}: {'; '.join(part for part in said if part)}"
+        return f"{self._trained}: {'; '.join(part for part in said if part)}"
 
     @property
     def expectation(self) -> str:
