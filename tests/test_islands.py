@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoprec.errors import InfeasibleError
+from autoprec.errors import InfeasibleError, RecordError
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
+from autoprec.predict.carry import carry_plan
+from autoprec.predict.transfer import transfer_sensitivity
 from autoprec.records import (
     FP32,
     Basis,
@@ -69,11 +71,46 @@ def workload_of(offset: float) -> Workload:
     return workload_from(SimpleNamespace(**functions), name="shifted")
 
 
-class Run:
-    """The records of one offset."""
+class Chain(nn.Module):
+    """Scores of tags and of their transitions, which belong to no layer, summed over 32 steps."""
 
-    def __init__(self, offset: float) -> None:
-        context = Context(workload_of(offset), CPU)
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.scores = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 16)
+        self.moves = nn.Parameter(torch.zeros(16, 16))
+
+    def forward(self, x: Tensor, tags: Tensor) -> Tensor:
+        own = self.scores(F.gelu(self.inner(x)))
+        all_ways = own[:, 0]
+        for step in range(1, own.shape[1]):
+            all_ways = (all_ways[:, :, None] + self.moves).logsumexp(1) + own[:, step]
+        chosen = own.gather(2, tags[..., None]).sum((1, 2))
+        chosen = chosen + self.moves[tags[:, :-1], tags[:, 1:]].sum(1)
+        loss: Tensor = (all_ways.logsumexp(1) - chosen).mean()
+        return loss
+
+
+def chain_workload() -> Workload:
+    def train_batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            x = torch.randn(16, 32, WIDTH, generator=generator)
+            yield x, (x[..., 0] > 0).long() + 2 * (x[..., 1] > 0).long()
+
+    functions = {
+        "build_model": Chain,
+        "train_batches": train_batches,
+        "loss_fn": lambda model, batch: model(*batch),
+        "build_optimizer": lambda model: torch.optim.Adam(model.parameters(), lr=1e-3),
+    }
+    return workload_from(SimpleNamespace(**functions), name="chain")
+
+
+class Run:
+    """The records of one workload."""
+
+    def __init__(self, workload: Workload) -> None:
+        context = Context(workload, CPU)
         self.spec: ModelSpec = capture_model(context)
         self.reference: Reference = prepare_reference(context, self.spec)
         self.sensitivity: Sensitivity = measure_sensitivity(self.reference)
@@ -91,7 +128,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run() -> Run:
-    return Run(OFFSET)
+    return Run(workload_of(OFFSET))
 
 
 def test_the_layer_with_its_producer_is_an_island_and_all_others_stay_low(run: Run) -> None:
@@ -148,7 +185,52 @@ def test_a_kept_layer_of_an_island_is_respected(run: Run) -> None:
 
 
 def test_without_an_offset_there_is_no_island() -> None:
-    assert Run(0.0).sensitivity.islands == ()
+    assert Run(workload_of(0.0)).sensitivity.islands == ()
+
+
+def test_parameters_outside_of_layers_stay_fp32_where_bf16_is_too_coarse() -> None:
+    run = Run(chain_workload())
+    (island,) = run.sensitivity.islands
+    assert island.names == ("moves",)
+    assert island.is_outside
+    assert island.grad_error > 0.01
+    first, last = (step.grad_error.mean for step in run.sensitivity.by_step)
+    assert min(first, last) > 0.01  # of one kind: with them in BF16, as nothing is known earlier
+    plan = run.plan()
+    assert FP32 not in plan.options
+    assert plan.fp32_outputs == ("moves",)
+    assert plan.grad_error is not None
+    assert plan.grad_error < 1e-3
+    assert any(note.startswith("BF16 O2 is too coarse for moves") for note in plan.notes)
+    mistyped = plan.to_json().replace('"fp32_outputs": [\n  "moves"', '"fp32_outputs": [\n  "move"')
+    with pytest.raises(RecordError, match="not 'move'"):
+        Plan.from_json(mistyped)
+    model = run.reference.model
+    apply(plan, model)
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    undo(model)
+    assert dtypes.pop("moves") is torch.float32
+    assert set(dtypes.values()) == {torch.bfloat16}
+
+
+def test_a_proxy_says_it_of_the_models_parameters_outside_of_layers_too() -> None:
+    run = Run(chain_workload())
+    large = run.spec.model_copy(
+        update={
+            "structure": "large",
+            "uncovered": tuple(
+                parameter.model_copy(update={"name": f"{parameter.name}.{number}"})
+                for parameter in run.spec.uncovered
+                for number in range(2)
+            ),
+        }
+    )
+    (island,) = transfer_sensitivity(run.sensitivity, large).islands
+    assert island.names == ("moves.0", "moves.1")
+    plan = run.plan().model_copy(update={"uncovered": island.names, "fp32_outputs": island.names})
+    assert carry_plan(plan, run.spec, run.sensitivity).fp32_outputs == ("moves",)
+    plain = plan.model_copy(update={"fp32_outputs": ()})
+    assert carry_plan(plain, run.spec, run.sensitivity).fp32_outputs == ()
 
 
 def test_producers_are_found_through_functions_and_not_through_other_layers(run: Run) -> None:

@@ -136,11 +136,13 @@ def _carried(
         }
     )
     note = f"this plan stands for that of a larger model ({plan.fingerprint.structure}) in a proof"
+    uncovered = tuple(parameter.name for parameter in proxy.uncovered)
     return Plan(
         layers=tuple(
             _assignment(layer, chosen[layer.name], votes, table) for layer in proxy.layers
         ),
-        uncovered=tuple(parameter.name for parameter in proxy.uncovered),
+        uncovered=uncovered,
+        fp32_outputs=() if set(plan.uncovered).isdisjoint(plan.fp32_outputs) else uncovered,
         constraint=plan.constraint.model_copy(update={"keep": (), "memory_bytes": None}),
         fingerprint=made,
         grad_error=table.grad_error(chosen),

@@ -20,7 +20,7 @@ from autoprec.errors import RecordError
 from autoprec.model.roles import Role, role_of
 from autoprec.predict.family import ENDS, Place, depth_weights, find_places, role_in_block
 from autoprec.records.model import FP32, Basis, LayerKind, LayerSpec, ModelSpec, Option
-from autoprec.records.sensitivity import Estimate, LayerSensitivity, Sensitivity
+from autoprec.records.sensitivity import Estimate, Island, LayerSensitivity, Sensitivity
 
 ROUTER_NAMES = frozenset(("router", "gating", "gate_network", "router_proj", "wg"))
 ROUTER_NARROWING = 4  # a `gate` with fewer outputs than a quarter of its inputs picks experts
@@ -57,13 +57,21 @@ def transfer_sensitivity(small: Sensitivity, spec: ModelSpec) -> Sensitivity:
             "step_equivalents": 0.0,
             "rows": tuple(row for row in rows if row.option != FP32),
             "activation_error": Estimate(mean=small.between_layers),
-            "islands": (),  # nobody knows which layers of the other model they are
+            "islands": tuple(_islands(small, spec)),
             "statistics": (),
             "joint": (),
             "schedule_steps": None,  # the small model's
             "notes": tuple(_transfer_notes(small, unmatched)),
         }
     )
+
+
+def _islands(small: Sensitivity, spec: ModelSpec) -> Iterator[Island]:
+    """Yield the island outside of layers; which layers others are in the model, nobody knows."""
+    outside = tuple(parameter.name for parameter in spec.uncovered)
+    for island in small.islands if outside else ():
+        if island.is_outside:
+            yield island.model_copy(update={"names": outside})
 
 
 def unknown_sensitivity(spec: ModelSpec) -> Sensitivity:

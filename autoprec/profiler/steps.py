@@ -61,8 +61,16 @@ class Eager:
     variant: "Variant"
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A plan: options by layer name, and what stays FP32 beside them (see `install_options`)."""
+
+    options: Mapping[str, Option]
+    fp32_outputs: Sequence[str]
+
+
 # Options by layer name (none: plain FP32), AUTOCAST of an FP32 model, or AS_WRITTEN by the user.
-Variant = Mapping[str, Option] | str | Eager
+Variant = Mapping[str, Option] | str | Planned | Eager
 BATCHES = 4  # different ones, taken in turn
 LEAST_ON_GPU_MS = 1000.0  # of samples for each variant: it slows down under a load that lasts
 TURNS = 3  # of each variant, if it shall have as many samples
@@ -87,7 +95,6 @@ def time_steps(
     stopping: Stopping,
     monitor: Monitor | None = None,
     compilation: Compilation | None = None,
-    fp32_outputs: Sequence[str] = (),
     kept: KeptRows | None = None,
 ) -> tuple[tuple[StepTiming, ...], dict[str, str]]:
     """Time a whole training step of every variant, in turns.
@@ -105,8 +112,8 @@ def time_steps(
     release_memory(context.device)  # what was timed or recorded before: whole steps need the room
     batches = take_batches(context.workload, seed=context.seed, count=BATCHES)
     monitor = monitor or find_monitor(context.device)
-    own = (stopping, monitor, compilation, tuple(fp32_outputs))
-    comparison = _Comparison(context, batches, *own, kept or KeptRows())
+    own = (stopping, monitor, compilation, kept or KeptRows())
+    comparison = _Comparison(context, batches, *own)
     return comparison.time_in_turns(variants), comparison.left_out
 
 
@@ -140,7 +147,6 @@ class _Comparison:
     stopping: Stopping
     monitor: Monitor
     compilation: Compilation | None
-    fp32_outputs: tuple[str, ...] = ()  # of a plan, see `install_options`
     kept: KeptRows = field(default_factory=KeptRows)  # told which variant is in flight
     ready: Sequence[Batch] = ()  # those of the next step, on the device
     left_out: dict[str, str] = field(default_factory=dict)  # baselines, and why
@@ -223,7 +229,7 @@ class _Comparison:
     def _build_if_it_runs(self, label: str, variant: Variant) -> _Arm | None:
         """Return a variant's arm, or None for a baseline that fails here."""
         if reason := self.kept.why_ended(STEP, label):
-            if isinstance(variant, Mapping):
+            if isinstance(variant, Mapping | Planned):
                 raise DeviceError(
                     f"a step must run to its end, but the process ended in {label!r}, as it does "
                     "when memory runs out; use a smaller batch or model, and leave --resume out"
@@ -234,7 +240,7 @@ class _Comparison:
         try:
             return self._build_compiled_or_not(label, variant)
         except (RuntimeError, WorkloadError) as error:
-            is_full, is_plan = is_out_of_memory(error), isinstance(variant, Mapping)
+            is_full, is_plan = is_out_of_memory(error), isinstance(variant, Mapping | Planned)
             if is_plan and not is_full:
                 raise
             if is_plan:
@@ -314,11 +320,13 @@ class _Comparison:
         compiled = asked and is_compiled(model)
         model = model.to(self.context.device)
         optimizer = workload.build_optimizer(model)
-        options = variant.variant if isinstance(variant, Eager) else variant
-        if isinstance(options, Mapping) and any(option != FP32 for option in options.values()):
+        plan = variant.variant if isinstance(variant, Eager) else variant
+        if isinstance(plan, Mapping):
+            plan = Planned(plan, ())
+        if isinstance(plan, Planned) and set(plan.options.values()) - {FP32}:
             inner = unwrapped(model)
-            uncovered = model_layers(inner).uncovered
-            install_options(inner, options, uncovered=uncovered, fp32_outputs=self.fp32_outputs)
+            uncovered, kept = model_layers(inner).uncovered, plan.fp32_outputs
+            install_options(inner, plan.options, uncovered=uncovered, fp32_outputs=kept)
             attach_optimizer(inner, optimizer)
         if asked and not compiled and (not is_written or workload.written.script_compiles):
             model.compile(backend=self.compilation.backend if self.compilation else INDUCTOR)

@@ -156,10 +156,11 @@ class Plan(FileRecord):
     grad_weight GEMMs by half, as in `LayerSensitivity.counted_error`: about that many extra steps
     per step. `schedule` is empty when FP8 runs from the first step to the last.
     `fp8_all_gather`: FSDP gathers FP8 weights (tensorwise only). `fp32_outputs` are FP32 layers
-    whose outputs stay FP32 up to the next layer: BF16 is too coarse between them. `followers` are
-    parameters that stay FP32, whatever their layers compute in: no optimizer trains them, but the
-    training writes into them (a teacher that averages its student). `expected_gap` is what the
-    search predicts for the end of the run; None where nobody said how long it is.
+    whose outputs stay FP32 up to the next layer, as BF16 is too coarse between them, and for the
+    same reason parameters of `uncovered` that stay FP32. `followers` are parameters that stay FP32,
+    whatever their layers compute in: no optimizer trains them, but the training writes into them (a
+    teacher that averages its student). `expected_gap` is what the search predicts for the end of
+    the run; None where nobody said how long it is.
     """
 
     KIND = "plan"
@@ -188,6 +189,8 @@ class Plan(FileRecord):
         starts = [phase.start_step for phase in self.schedule]
         if starts != sorted(set(starts)):
             raise ValueError("schedule phases start at increasing steps")
+        if unknown := set(self.fp32_outputs).difference(names, self.uncovered):
+            raise ValueError(f"fp32_outputs has layers or what is uncovered, not {min(unknown)!r}")
         return self
 
     @property

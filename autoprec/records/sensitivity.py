@@ -1,5 +1,6 @@
 """What a precision does to the loss and the gradient, per layer x option, with standard errors."""
 
+from collections.abc import Iterable
 from enum import StrEnum
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
@@ -92,11 +93,19 @@ class OperandStatistics(Record):
 class Island(Record):
     """Layers that go to FP32 together or not at all, with FP32 between them.
 
-    `grad_error` is what a plan with any of them in 16 bits has beyond the layers' rows.
+    `grad_error` is what a plan with any of them in 16 bits has beyond the layers' rows. With
+    `is_outside` they are parameters outside of layers, which every plan has in FP32.
     """
 
     names: tuple[str, ...]
     grad_error: NonNegativeFloat
+    is_outside: bool = False
+
+
+def between_layers(activations: Estimate, islands: Iterable[Island]) -> float:
+    """Return what any plan with a 16-bit layer pays beyond its rows, if no island is in FP32."""
+    own = (island.grad_error for island in islands if not island.is_outside)
+    return max(activations.mean, 0.0) + sum(own)
 
 
 class JointMeasurement(Record):
@@ -186,12 +195,17 @@ class Sensitivity(FileRecord):
 
     @property
     def between_layers(self) -> float:
-        """The error of a plan whose islands are in 16 bits, beyond its layers' rows."""
-        return max(self.activation_error.mean, 0.0) + sum(i.grad_error for i in self.islands)
+        """The error of a plan whose islands of layers are in 16 bits, beyond its layers' rows."""
+        return between_layers(self.activation_error, self.islands)
+
+    @property
+    def fp32_outside(self) -> tuple[str, ...]:
+        """The parameters outside of layers for which BF16 is too coarse."""
+        return tuple(n for island in self.islands if island.is_outside for n in island.names)
 
     @property
     def island_names(self) -> tuple[str, ...]:
-        """The layers of all islands."""
+        """The names of all islands."""
         return tuple(name for island in self.islands for name in island.names)
 
     def row(self, name: str, option: Option) -> LayerSensitivity | None:

@@ -95,7 +95,7 @@ def _plan_sentence(
 ) -> str:
     """Return what the plan is and gains against what is run now, and how far it is proven."""
     count, lead = sum(option.is_fp8 for option in plan.options), LEADS[promise.verdict]
-    is_bf16 = set(plan.options) == {BF16_O2}
+    is_bf16 = set(plan.options) == {BF16_O2} and not plan.fp32_outputs
     what = f"{'BF16 O2' if is_bf16 else 'BF16, FP32'} and no FP8"
     if count:
         what = f"FP8 in {count} of {formats.count_of(len(plan.options), 'layer')}"

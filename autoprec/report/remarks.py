@@ -28,7 +28,7 @@ def profile_notes(profile: Profile) -> Iterator[str]:
         experts = dict.fromkeys(model.loose_experts, " (experts)")
         named = (p.name + experts.get(p.name, "") for p in model.uncovered)
         names = first_and_more(named, most=MOST_NAMED)
-        yield f"outside any layer, in the plan's activation dtype: {names}"
+        yield f"outside any layer, in the plan's activation dtype or in FP32: {names}"
     forward = {layer.name for layer in model.layers if layer.forward_calls}
     if alone := [name for name in model.uncalled if name in forward]:
         names = first_and_more(alone, most=MOST_NAMED)

@@ -56,7 +56,7 @@ class Summary:
     compile_answer: str
     memory_answer: str
     keep_answer: str
-    bf16_answer: str  # where BF16 O2 is faster, and FP32 the plan
+    bf16_answer: str  # where BF16 O2 is faster, and FP32 the plan, or what stays so in it
     left_out: tuple[str, ...]
     notes: tuple[str, ...]
 

@@ -227,7 +227,7 @@ def _install(plan: Plan, model: nn.Module, optimizer: Optimizer | None) -> Insta
         options,
         uncovered=found.uncovered,
         layers=found.modules,
-        fp32_outputs=[name for name in plan.fp32_outputs if name in options],
+        fp32_outputs=plan.fp32_outputs,
     )
 
 

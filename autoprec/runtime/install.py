@@ -134,7 +134,8 @@ def install_options(
         activation_dtype: between layers; default BF16 if any option is 16-bit or FP8, else FP32.
         root: whether `model` is what the training step calls: its floating outputs become FP32,
             unless all its parameters are BF16 and no plan's.
-        uncovered: names of parameters outside of layers, to be stored in the activation dtype.
+        uncovered: names of parameters outside of layers, to be stored in the activation dtype, or
+            in FP32 if `fp32_outputs` has them.
         layers: what `find_layers(model)` returns, where it is known.
         fp32_outputs: layers whose outputs stay FP32 up to the next layer, if they are FP32.
 
@@ -149,8 +150,9 @@ def install_options(
     has_16_bit = any(option_dtype(option) is torch.bfloat16 for option in options.values())
     activation_dtype = activation_dtype or (torch.bfloat16 if has_16_bit else torch.float32)
     storage = _plan_storage(layers, options)
-    storage |= {model.get_parameter(name): (name, activation_dtype) for name in uncovered}
     kept, came_in_bf16 = frozenset(fp32_outputs), is_all_bf16(model)
+    outside = {True: torch.float32, False: activation_dtype}
+    storage |= {model.get_parameter(name): (name, outside[name in kept]) for name in uncovered}
     own = (kept, followers_of(model), came_in_bf16)
     installed = Installed(model, dict(options), activation_dtype, *own)
     try:

@@ -202,7 +202,8 @@ def make_costs(profile: Profile, sensitivity: Sensitivity) -> Costs:
     # a layer has a price in what is both timed and measured
     layers = profile.model.layers
     places = {layer.name: index for index, layer in enumerate(layers)}
-    islands = [(tuple(map(places.__getitem__, i.names)), i.grad_error) for i in sensitivity.islands]
+    inside = (island for island in sensitivity.islands if not island.is_outside)
+    islands = [(tuple(places[name] for name in i.names), i.grad_error) for i in inside]
     priced = [_price_layer(x, timings[x.name], effects[x.name], profile) for x in layers]
     scale = _layer_scale(profile)
     prices = tuple({o: price.scaled(scale) for o, price in own.items()} for own, _ in priced)

@@ -1,5 +1,6 @@
 """A point of the search -> the plan: every layer with its numbers and its reason."""
 
+from autoprec.common.text import first_and_more, percent
 from autoprec.predict import parse_parallel
 from autoprec.predict.parallel import gathers_fp8
 from autoprec.predict.transfer import sensitivity_basis
@@ -50,10 +51,11 @@ def build_plan(
         grad_error_basis=grad_error_basis,
         predicted=_predicted(costs, options, left_out=profile.left_out),
         fp8_all_gather=parallel.fsdp > 1 and any(gathers_fp8(o, parallel) for o in options),
-        fp32_outputs=_fp32_outputs(costs, options),
+        fp32_outputs=_fp32_outputs(costs, options, sensitivity),
         followers=() if is_all_fp32(options) else profile.model.followers,
         notes=(
             *plan_notes(profile, problem, search, options),
+            *_outside_note(sensitivity, options),
             *search.notes,
             *(() if basis is Basis.MEASURED else sensitivity.notes),
         ),
@@ -61,11 +63,24 @@ def build_plan(
     )
 
 
-def _fp32_outputs(costs: Costs, options: Options) -> tuple[str, ...]:
-    """Return the layers of the islands that a 16-bit plan has in FP32."""
-    inside = {index for at, _ in costs.islands for index in at}
-    chosen = [i for i in sorted(inside) if options[i] == FP32]
-    return () if is_all_fp32(options) else tuple(costs.layers[i].name for i in chosen)
+def _fp32_outputs(costs: Costs, options: Options, sensitivity: Sensitivity) -> tuple[str, ...]:
+    """Return what a 16-bit plan has of the islands in FP32."""
+    if is_all_fp32(options):
+        return ()
+    inside = sorted({index for at, _ in costs.islands for index in at})
+    layers = (costs.layers[i].name for i in inside if options[i] == FP32)
+    return (*layers, *sensitivity.fp32_outside)
+
+
+def _outside_note(sensitivity: Sensitivity, options: Options) -> list[str]:
+    if is_all_fp32(options) or not sensitivity.fp32_outside:
+        return []
+    error = sum(island.grad_error for island in sensitivity.islands if island.is_outside)
+    return [
+        f"BF16 O2 is too coarse for {first_and_more(sensitivity.fp32_outside)}, outside of layers: "
+        f"alone it has gradient error {percent(error)}, so that is FP32 here; what the code around "
+        "it then takes is in no predicted time"
+    ]
 
 
 def _joint_error(point: FrontPoint, basis: Basis) -> tuple[float | None, Basis]:

@@ -8,6 +8,10 @@ stay FP32 up to the next layer. That is tried on uniform BF16 and kept if half o
     extra = e(uniform BF16) - e(with the island in FP32) - the island's own rows
 
 is what a plan pays for having the island in 16 bits, beyond the rows of its layers.
+
+Parameters outside of layers (the transitions of a CRF, the poles of a state-space model) make code
+of the user's compute in BF16. They are tried together, first and, where that is not enough, once
+more with the layers' islands; they have no cost in FP32 that is known, so no plan has them in BF16.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -42,24 +46,24 @@ def find_islands(
     """
     own = {row.name: max(row.grad_error.mean, 0.0) for row in rows if row.option == BF16_O2}
     worst = sorted(own, key=lambda name: -own[name])[:MOST_TRIED]
-    if joint < TOO_COARSE or not worst:
+    if joint < TOO_COARSE:
         return (), joint
     producers = find_producers(reference, worst)
+    outside = tuple(parameter.name for parameter in reference.spec.uncovered)
     found: list[Island] = []
     in_vain = 0
-    for name in worst:
-        names = (*producers.get(name, ()), name)
-        is_done = joint < TOO_COARSE or in_vain == MOST_IN_VAIN
-        if is_done or any(n in island.names for n in names for island in found):
+    for names in (outside, *((*producers.get(name, ()), name) for name in worst), outside):
+        kept = [name for island in found for name in island.names]
+        is_done = joint < TOO_COARSE or (in_vain == MOST_IN_VAIN and names != outside)
+        if is_done or not names or not set(kept).isdisjoint(names):
             continue
-        kept = [n for island in found for n in island.names]
         error = measure([*kept, *names])
         if error <= joint / 2:
-            extra = joint - error - sum(own.get(n, 0.0) for n in names)
-            found.append(Island(names=names, grad_error=max(extra, 0.0)))
+            extra = max(joint - error - sum(own.get(name, 0.0) for name in names), 0.0)
+            found.append(Island(names=names, grad_error=extra, is_outside=names == outside))
             joint = error
         else:
-            in_vain += 1
+            in_vain += names != outside
     return tuple(found), joint
 
 

@@ -15,6 +15,7 @@ from autoprec.records.sensitivity import (
     JointMeasurement,
     Sensitivity,
     StepError,
+    between_layers,
 )
 from autoprec.sensitivity.batching import measure_batch_effect
 from autoprec.sensitivity.check import Checked, bf16_within, check_table
@@ -46,7 +47,9 @@ def measure_sensitivity(
     checked, activation_error, islands = _measure_table(reference, cells, method)
     table = checked.table
     statistics = with_shares(reference, table.rows, table.statistics)
-    by_step = (*reference.early, *_error_now(reference, checked.joint))
+    # the early one has parameters outside of layers in BF16, whatever was found of them since
+    alike = () if any(island.is_outside for island in islands) else checked.joint
+    by_step = (*reference.early, *_error_now(reference, alike))
     batch_effect, floor = None, _measure_floor(reference)
     if run_tokens is not None and by_step:
         batch_effect = measure_batch_effect(reference, fp8_everywhere(spec), tokens=run_tokens)
@@ -85,7 +88,7 @@ def _measure_table(
     uniform = meter.measure_uniform()
     table = bf16_within(table, uniform)
     activation_error, islands = meter.measure_activations(table.rows, uniform)
-    outside = activation_error.mean + sum(island.grad_error for island in islands)
+    outside = between_layers(activation_error, islands)
     return check_table(meter, table, outside=outside), activation_error, islands
 
 

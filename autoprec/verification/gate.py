@@ -24,7 +24,7 @@ from autoprec.device.ranks import world_size
 from autoprec.device.timing import Stopping
 from autoprec.errors import RecordError
 from autoprec.model.context import Context
-from autoprec.profiler import open_compilation, time_steps, written_variants
+from autoprec.profiler import Planned, open_compilation, time_steps, written_variants
 from autoprec.records.cost import BASELINES, Profile, StepTiming
 from autoprec.records.model import FP32, Basis, ModelSpec
 from autoprec.records.plan import Plan
@@ -319,13 +319,12 @@ def time_plan(session: Session, plan: Plan, profile: Profile | None) -> tuple[St
         uniform = {"fp32": dict.fromkeys(chosen.options, FP32), "bf16_o2": control.options}
         same = next((label for label, each in uniform.items() if each == chosen.options), None)
         if same is None or same in left_out or plan.fp32_outputs:
-            variants["plan"] = chosen.options
+            variants["plan"] = Planned(chosen.options, plan.fp32_outputs)
         steps, _ = time_steps(
             session.context,
             {label: each for label, each in variants.items() if label not in left_out},
             stopping=Stopping(TIMING_SAMPLES),
             compilation=compilation,
-            fp32_outputs=plan.fp32_outputs,
         )
     equal = (step.model_copy(update={"label": "plan"}) for step in steps if step.label == same)
     return steps if "plan" in variants else (*steps, *equal)
