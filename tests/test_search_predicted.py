@@ -429,7 +429,7 @@ def test_what_has_no_known_time_is_told_in_layer_step_and_answer() -> None:
     assert assignment.layer_ms is assignment.baseline_ms is None
     assert assignment.basis is Basis.UNKNOWN
     assert assignment.option == BF16_O2
-    assert "its time is not known (the cost model knows no grouped GEMMs" in assignment.reason
+    assert "its time is not known (the cost model knows no products of stacked" in assignment.reason
     assert not re.search(r"\dx (faster|slower)", assignment.reason)
     assert plan.predicted is not None
     assert plan.predicted.left_out == pytest.approx(8 * 4096 * 1024 / spec.numel)
@@ -437,7 +437,7 @@ def test_what_has_no_known_time_is_told_in_layer_step_and_answer() -> None:
     assert "no FP8 option yet for 33 % of the weights (other)" in plan.notes
 
 
-@pytest.mark.parametrize(("outputs", "what"), [(8, "experts"), (16, "parameters")])
+@pytest.mark.parametrize(("outputs", "what"), [(8, "stacked matrices"), (16, "parameters")])
 def test_experts_of_no_layer_are_told_by_their_router(outputs: int, what: str) -> None:
     stack = ParameterSpec(name="mlp.up", shape=(8, 4096, 1024), dtype="float32", is_trainable=True)
     router = linear_layer("mlp.router", 4096, outputs)
@@ -445,13 +445,13 @@ def test_experts_of_no_layer_are_told_by_their_router(outputs: int, what: str) -
     profile = predicted("", spec.model_copy(update={"uncovered": (stack,)}))
     plan = planned(profile)
     # other loose parameters' products are counted among those outside of layers
-    experts = {"mlp.up": "experts that belong to no layer"}
-    assert profile.unknown_times == (experts if what == "experts" else {})
-    assert f"no FP8 option yet for 33 % of the weights ({what} that belong to no layer)" in [
+    stacks = {"mlp.up": "stacked matrices of no layer, as experts have"}
+    assert profile.unknown_times == (stacks if what == "stacked matrices" else {})
+    assert f"no FP8 option yet for 33 % of the weights ({what} of no layer)" in [
         note for note in plan.notes if note.startswith("no FP8 option")
     ]
     (held,) = (note for note in profile_notes(profile) if note.startswith("outside any layer"))
-    assert ("(experts)" in held) == (what == "experts")
+    assert ("(stacked, as experts are)" in held) == (what == "stacked matrices")
 
 
 @pytest.mark.parametrize(("error", "expected"), [(1e-6, BF16_O2), (0.5, FP32)])

@@ -78,7 +78,7 @@ def unknown_time(layer: LayerSpec) -> str:
     if layer.kind is not LayerKind.OTHER or not _matrices(layer) or _one_matrix(layer):
         return ""
     if any(len(shape) > 2 for shape in _matrices(layer)):
-        return "the cost model knows no grouped GEMMs, which experts of a mixture run"
+        return "the cost model knows no products of stacked matrices, as experts have"
     return "the cost model does not know what its matrices do"
 
 

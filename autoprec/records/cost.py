@@ -257,7 +257,8 @@ class Profile(FileRecord):
         """What no time has in it, and why: layers, and in a predicted profile loose parameters."""
         found = {name: row.unknown for row in self.layers if row.unknown for name in row.names}
         if self.basis is Basis.PREDICTED:
-            found |= dict.fromkeys(self.model.loose_experts, "experts that belong to no layer")
+            stacks = "stacked matrices of no layer, as experts have"
+            found |= dict.fromkeys(self.model.loose_stacks, stacks)
             found |= dict.fromkeys(self.model.with_complex_numbers, "complex numbers")
         return found
 

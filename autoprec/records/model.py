@@ -385,8 +385,8 @@ class ModelSpec(FileRecord):
         return tuple(n for n, own in held if any(p.dtype.startswith("complex") for p in own))
 
     @property
-    def loose_experts(self) -> tuple[str, ...]:
-        """The names of experts that no layer owns: stacked matrices, beside a router of theirs.
+    def loose_stacks(self) -> tuple[str, ...]:
+        """The names of stacked matrices that no layer owns, as experts are, beside their router.
 
         A router has an output for each of them, in the module that holds them or below.
         """

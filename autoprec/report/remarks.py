@@ -25,8 +25,8 @@ def profile_notes(profile: Profile) -> Iterator[str]:
     """Yield what a profile does not cover."""
     model = profile.model
     if model.uncovered:
-        experts = dict.fromkeys(model.loose_experts, " (experts)")
-        named = (p.name + experts.get(p.name, "") for p in model.uncovered)
+        stacks = dict.fromkeys(model.loose_stacks, " (stacked, as experts are)")
+        named = (p.name + stacks.get(p.name, "") for p in model.uncovered)
         names = first_and_more(named, most=MOST_NAMED)
         yield f"outside any layer, in the plan's activation dtype or in FP32: {names}"
     forward = {layer.name for layer in model.layers if layer.forward_calls}

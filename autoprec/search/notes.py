@@ -339,8 +339,8 @@ def _no_option_note(profile: Profile) -> str:
         elif layer.kind is LayerKind.LINEAR and is_able and layer.refusals:
             kinds[layer.refusals[0].reason] += numel  # where none is able the first note says why
     for p in (p for p in model.uncovered if len(p.matrix_shape) > 1):
-        what = "experts" if p.name in model.loose_experts else "parameters"
-        kinds[f"{what} that belong to no layer"] += p.numel
+        is_stack = p.name in model.loose_stacks
+        kinds[f"{'stacked matrices' if is_stack else 'parameters'} of no layer"] += p.numel
     large = {kind: share for kind, n in kinds.items() if (share := n / model.numel) >= NOTABLE}
     if not large:
         return ""
