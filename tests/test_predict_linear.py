@@ -279,6 +279,11 @@ def test_row_scales_run_in_cublas_on_hopper_from_cuda_12_9_on(
     rowwise = gemm_us(machine, 512, 65536, 512, Kernel.FP8_ROWWISE)
     splits = rowwise < 1.5 * gemm_us(machine, 512, 65536, 512, Kernel.FP8_FAST)
     assert splits == is_cublas
+    # as it does in FP32: a sum that one processor takes alone lasts longer by their number
+    ratio = machine.fp32_peak_tflops * machine.fp32_fraction
+    ratio /= machine.bf16_peak_tflops * machine.bf16_fraction
+    fp32, bf16 = (gemm_us(machine, 512, 65536, 512, k) for k in (Kernel.FP32, Kernel.BF16))
+    assert fp32 < 1.5 * bf16 / ratio
 
 
 def test_a_prediction_says_which_software_it_assumes() -> None:

@@ -231,7 +231,7 @@ def test_of_what_the_model_does_not_know_no_time_is_said_and_steps_say_what_they
             assert found.unknown
             assert found.parameter_bytes > 0
     assert list(profile.unknown_times) == ["experts", "two", "lstm"]
-    assert "grouped GEMMs" in profile.unknown_times["experts"]
+    assert "stacked matrices" in profile.unknown_times["experts"]
     assert profile.left_out == pytest.approx(1 - (512 + 8) * 1024 / spec.numel)
     assert without.left_out == 0.0
     assert profile.fixed_bf16_ms > without.fixed_bf16_ms  # the optimizer trains every weight

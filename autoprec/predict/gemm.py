@@ -50,7 +50,7 @@ class Kernel(StrEnum):
 
 @dataclass(frozen=True)
 class Traits:
-    """What tells kernels apart: constants by name, bytes per element, whether cuBLAS splits K."""
+    """What tells kernels apart: constants by name, bytes per element."""
 
     peak: str
     fraction: str
@@ -58,7 +58,6 @@ class Traits:
     boost: str
     operand_bytes: int
     output_bytes: int = 2  # FP8 GEMMs write BF16
-    splits_k: bool = False  # CUTLASS's kernels do not
 
 
 _fp8 = partial(Traits, "fp8_peak_tflops", boost="fp8_boost", operand_bytes=1)
@@ -66,11 +65,9 @@ KERNELS = {
     Kernel.FP32: Traits(
         "fp32_peak_tflops", "fp32_fraction", "bf16_gemm_floor_us", "bf16_boost", 4, 4
     ),
-    Kernel.BF16: Traits(
-        "bf16_peak_tflops", "bf16_fraction", "bf16_gemm_floor_us", "bf16_boost", 2, splits_k=True
-    ),
-    Kernel.FP8_FAST: _fp8("fp8_fraction", "tensorwise_gemm_floor_us", splits_k=True),
-    Kernel.FP8_SLOW: _fp8("fp8_slow_fraction", "tensorwise_gemm_floor_us", splits_k=True),
+    Kernel.BF16: Traits("bf16_peak_tflops", "bf16_fraction", "bf16_gemm_floor_us", "bf16_boost", 2),
+    Kernel.FP8_FAST: _fp8("fp8_fraction", "tensorwise_gemm_floor_us"),
+    Kernel.FP8_SLOW: _fp8("fp8_slow_fraction", "tensorwise_gemm_floor_us"),
     Kernel.FP8_ROWWISE: _fp8("fp8_rowwise_fraction", "rowwise_gemm_floor_us"),
     Kernel.FP8_BLOCK: _fp8("fp8_block_fraction", "rowwise_gemm_floor_us"),
 }
@@ -83,7 +80,7 @@ def gemm_us(machine: Machine, M: int, K: int, N: int, kernel: Kernel) -> float:
     flops_per_us = kernel_flops_per_us(machine, kernel) / machine.sm_count
     boost: float = getattr(machine, traits.boost)
     has_cutlass = kernel is Kernel.FP8_ROWWISE and not machine.rowwise_is_cublas
-    splits_k = traits.splits_k or (kernel is Kernel.FP8_ROWWISE and not has_cutlass)
+    splits_k = not (has_cutlass or kernel is Kernel.FP8_BLOCK)  # as cuBLAS alone does
     in_order = has_cutlass and min(M, N) < machine.rowwise_swizzle_from
     rereads = in_order and min(M, N) * K > machine.l2_cache_mb * 1e6
     sm_count, wave_share, bytes_per_us = machine.sm_count, machine.wave_share, machine.bytes_per_us
