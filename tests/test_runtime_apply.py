@@ -371,3 +371,13 @@ def test_a_model_in_float64_is_refused() -> None:
     with pytest.raises(PlanMismatchError, match=r"in float64, .* are weight, bias; make"):
         autoprec.apply(plan_for(model), model)
     assert model.weight.dtype is torch.float64
+
+
+def test_what_is_no_plan_and_what_is_no_model_is_one_line() -> None:
+    model = Mlp()
+    run = types.SimpleNamespace(plan=plan_for(model))
+    for given, word in (((None, model), "a NoneType"), ((run, model), "a SimpleNamespace")):
+        with pytest.raises(RecordError, match=f"a plan must be one, or the path .* is {word}"):
+            autoprec.apply(*given)
+    with pytest.raises(PlanMismatchError, match="for a torch.nn.Module, but this is a Plan"):
+        autoprec.apply(model, plan_for(model))  # type: ignore[type-var, arg-type]  # swapped

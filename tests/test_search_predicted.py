@@ -454,6 +454,15 @@ def test_experts_of_no_layer_are_told_by_their_router(outputs: int, what: str) -
     assert ("(stacked, as experts are)" in held) == (what == "stacked matrices")
 
 
+def test_the_largest_share_of_what_has_no_fp8_option_comes_first() -> None:
+    """The terminal cuts what it has no room for."""
+    stack = ParameterSpec(name="base", shape=(8192, 8192), dtype="float32", is_trainable=False)
+    layers = linear_layer("q_proj", 8192, 8192), linear_layer("lora", 8192, 1025)
+    spec = model_of(*layers).model_copy(update={"uncovered": (stack,)})
+    (note,) = (x for x in planned(predicted("", spec)).notes if x.startswith("no FP8 option"))
+    assert re.findall(r"\d+ % of the weights \(([^ ]+)", note) == ["parameters", "N=1025"]
+
+
 @pytest.mark.parametrize(("error", "expected"), [(1e-6, BF16_O2), (0.5, FP32)])
 def test_a_layer_without_a_time_goes_to_fp32_only_for_its_error(
     error: float, expected: Option

@@ -122,7 +122,7 @@ class Guard(AbstractContextManager["Guard"]):
         Raises:
             PlanMismatchError: the model's FP8 layers are not those of the plan.
         """
-        plan = plan if isinstance(plan, Plan) else Plan.load(plan)
+        plan = Plan.load(plan)
         self.model, self.optimizer, self.plan = model, optimizer, plan
         self.on_alarm, self.limits = Action(on_alarm), (limits := limits or Limits())
         self.layers = fp8_layers(model, plan)

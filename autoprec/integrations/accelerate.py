@@ -23,7 +23,6 @@ from torch.optim import Optimizer
 from autoprec.integrations.plans import (
     apply_plan,
     foreign_precision,
-    load_plan,
     replaced_parameters,
 )
 from autoprec.model.layers import unwrapped
@@ -48,7 +47,7 @@ def prepare(
         PlanMismatchError: the plan does not fit, or the Accelerator has a precision or a sharding
             of its own. Nothing is prepared then.
     """
-    plan = load_plan(plan)
+    plan = Plan.load(plan)
     check_state(accelerator.state)
     check_fit(plan, unwrapped(model))
     if accelerator.device_placement:

@@ -29,7 +29,6 @@ from autoprec.integrations.plans import (
     MakeGuard,
     apply_plan,
     foreign_precision,
-    load_plan,
     replaced_parameters,
     runs_plan,
 )
@@ -53,7 +52,7 @@ def setup(
         PlanMismatchError: the plan does not fit, or Fabric has a precision or a sharding of its
             own. Nothing is set up then.
     """
-    plan = load_plan(plan)
+    plan = Plan.load(plan)
     _check_strategy(fabric.strategy)
     precision = fabric.strategy.precision
     if type(precision) is not FabricPrecision:  # even bf16-mixed casts the model's inputs
@@ -78,7 +77,7 @@ class PlanPrecision(Precision):
 
     def __init__(self, plan: Plan | Path | str, *, inside: str = "") -> None:
         """Read the plan; it is for the submodule `inside`, or for the whole LightningModule."""
-        self.plan = load_plan(plan)
+        self.plan = Plan.load(plan)
         self.inside = inside
         self.model: nn.Module | None = None
 

@@ -1,7 +1,6 @@
 """The parts that all integrations have in common: a plan and its model, a guard and its steps."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +22,6 @@ from autoprec.runtime.masters import ON_MODEL
 
 GuardState = dict[str, Any]  # Any: whatever `Guard.state_dict` holds
 MakeGuard = Callable[[nn.Module, Optimizer, Plan], Guard]  # autoprec.Guard, or a partial of it
-
-
-def load_plan(plan: Plan | Path | str) -> Plan:
-    """Return the plan, read from its file if it is a path."""
-    return plan if isinstance(plan, Plan) else Plan.load(plan)
 
 
 def apply_plan(

@@ -26,7 +26,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 
 from autoprec.errors import PlanMismatchError
 from autoprec.integrations.accelerate import check_state
-from autoprec.integrations.plans import GuardedSteps, MakeGuard, apply_plan, load_plan, runs_plan
+from autoprec.integrations.plans import GuardedSteps, MakeGuard, apply_plan, runs_plan
 from autoprec.model.layers import unwrapped
 from autoprec.records import Plan
 from autoprec.runtime import attach_optimizer, check_fit
@@ -76,7 +76,7 @@ class PrecisionPlanCallback(TrainerCallback):  # type: ignore[misc]  # transform
 
     def __init__(self, plan: Plan | Path | str) -> None:
         """Read the plan."""
-        self.plan = load_plan(plan)
+        self.plan = Plan.load(plan)
         self.steps: GuardedSteps | None = None
 
     # Any, here and below: what else a Trainer gives its callbacks

@@ -8,6 +8,7 @@ one, never half of one.
 """
 
 import json
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -64,13 +65,21 @@ class FileRecord(Record):
         return write_atomically(Path(path), self.to_json())
 
     @classmethod
-    def load(cls, path: Path | str) -> Self:
-        """Read a record from `path`.
+    def load(cls, path: Path | str | Self) -> Self:
+        """Read a record from `path`; a record itself is returned.
 
         Raises:
-            RecordError: the file is missing, too large, not JSON, of another kind or version, or
-                has an unknown, missing, doubled or malformed field.
+            RecordError: it is neither; or the file is missing, too large, not JSON, of another kind
+                or version, or has an unknown, missing, doubled or malformed field.
         """
+        if isinstance(path, cls):
+            return path
+        if not isinstance(path, str | os.PathLike):
+            has_one = f"; give its .{cls.KIND}" if hasattr(type(path), cls.KIND) else ""
+            raise RecordError(
+                f"a {cls.KIND} must be one, or the path of its file, but it is a "
+                f"{type(path).__name__}{has_one}"
+            )
         return cls.from_json(read_text(Path(path), what=cls.KIND), source=str(path))
 
     @classmethod

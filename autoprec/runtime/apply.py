@@ -84,6 +84,11 @@ def apply(
         >>> model.weight.dtype, model(torch.ones(2, 16)).dtype
         (torch.bfloat16, torch.float32)
     """
+    if not isinstance(model, nn.Module):
+        raise PlanMismatchError(
+            f"a plan is for a torch.nn.Module, but this is a {type(model).__name__}; call "
+            "autoprec.apply(plan, model, optimizer) with the module that is trained"
+        )
     whole_again(inner := unwrapped(model))
     device = next((parameter.device for parameter in inner.parameters()), torch.device("cpu"))
     plan, installed = _install_on_all_ranks(plan, inner, optimizer, device, group)
@@ -199,7 +204,7 @@ def _install_on_all_ranks(
     """Read and install the plan, or undo it where one rank of the group could not."""
     with contextlib.ExitStack() as on_error:
         try:
-            plan = plan if isinstance(plan, Plan) else Plan.load(plan)
+            plan = Plan.load(plan)
             installed = _install(plan, model, optimizer)
             on_error.callback(installed.undo)
             if optimizer is not None:

@@ -341,10 +341,11 @@ def _no_option_note(profile: Profile) -> str:
     for p in (p for p in model.uncovered if len(p.matrix_shape) > 1):
         is_stack = p.name in model.loose_stacks
         kinds[f"{'stacked matrices' if is_stack else 'parameters'} of no layer"] += p.numel
-    large = {kind: share for kind, n in kinds.items() if (share := n / model.numel) >= NOTABLE}
+    shares = ((kind, n / model.numel) for kind, n in kinds.most_common())
+    large = [(kind, share) for kind, share in shares if share >= NOTABLE]
     if not large:
         return ""
-    first, *others = (f"{percent(share)} of the weights ({kind})" for kind, share in large.items())
+    first, *others = (f"{percent(share)} of the weights ({kind})" for kind, share in large)
     return f"no FP8 option yet for {first}{''.join(f' and {other}' for other in others)}"
 
 
