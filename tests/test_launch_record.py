@@ -165,6 +165,7 @@ for _ in range(99):
 
 def test_a_hook_that_only_looks_at_a_gradient_is_no_hindrance(tmp_path: Path) -> None:
     looks = "out = model(x); out.register_hook(lambda g: print(g.dtype)); "
+    looks += "out.register_hook(lambda g: g); "
     body = LOOP.replace(
         "loss = F.cross_entropy(model(x), y)", looks + "loss = F.cross_entropy(out, y)"
     )
@@ -318,6 +319,26 @@ model, optimizer = fabric.setup(model, optimizer)
     assert workload.written.script_autocast is torch.bfloat16
     assert {t.dtype for batch in recorded(workload) for t in batch.calls[0].args} == {torch.float32}
     assert math.isfinite(first_loss(workload))
+
+
+def test_an_engine_around_the_model_is_not_the_model(tmp_path: Path) -> None:
+    """DeepSpeed's has a `zero_grad` of its own and locks, so that it is no module to copy."""
+    engine = """
+import threading
+class Engine(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.lock = module, threading.Lock()
+    def forward(self, x):
+        return self.module(x)
+    def zero_grad(self):
+        raise NotImplementedError
+engine = Engine(model)
+"""
+    plain = record(tmp_path, HEAD + LOOP)
+    wrapped = record(tmp_path, HEAD + engine + LOOP.replace("model(x)", "engine(x)"))
+    assert type(wrapped.build_model()).__name__ == "Net"
+    assert first_loss(wrapped) == first_loss(plain)
 
 
 def test_a_model_that_fsdp_shards_in_one_process_is_recorded_whole(tmp_path: Path) -> None:
@@ -605,6 +626,11 @@ REFUSALS = {
         "turns.reverse(); turns[0].step()",
         "not so Adam and SGD",
     ),
+    "copies of the weights": (
+        "optimizer.step()",
+        "copies.step()",
+        "ZeRO makes: set its stage to 0",
+    ),
     "another's weights": ("optimizer.step()", "others.step()", "has others"),
     "an unseen function": (
         "loss = F.cross_entropy(model(x), y)",
@@ -660,6 +686,7 @@ REFUSALS = {
 }
 EXTRA = """
 main, other, unnamed = model, nn.Linear(16, 16), [nn.Linear(16, 16)]
+copies = torch.optim.SGD([p.detach().clone() for p in model.parameters()], lr=0.1)
 others = torch.optim.SGD([*model.parameters(), *unnamed[0].parameters()], lr=0.1)
 turns = [torch.optim.SGD(model.first.parameters()), torch.optim.Adam(model.head.parameters())]
 class Doubled(torch.autograd.Function):

@@ -561,6 +561,16 @@ def test_a_script_without_a_fitting_model_is_stopped_at_its_first_step(
     assert "no model was called" in run(tmp_path, "print(1)").message
 
 
+def test_a_script_that_trains_copies_of_the_weights_is_stopped_at_its_first_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copies = "[p.detach().clone().requires_grad_() for p in model.parameters()]"
+    body = HEAD.replace("model.parameters()", copies) + LOOP
+    with pytest.raises(PlanMismatchError, match="nearest is Net: AdamW trains tensors that no mod"):
+        run(tmp_path, body, "2")
+    assert capsys.readouterr().out == ""  # no step was made
+
+
 ON_THE_OBJECT = {
     "Accelerate's": """
 from accelerate import Accelerator

@@ -379,5 +379,5 @@ def test_what_is_no_plan_and_what_is_no_model_is_one_line() -> None:
     for given, word in (((None, model), "a NoneType"), ((run, model), "a SimpleNamespace")):
         with pytest.raises(RecordError, match=f"a plan must be one, or the path .* is {word}"):
             autoprec.apply(*given)
-    with pytest.raises(PlanMismatchError, match="for a torch.nn.Module, but this is a Plan"):
+    with pytest.raises(PlanMismatchError, match="Module, but this is a Plan"):
         autoprec.apply(model, plan_for(model))  # type: ignore[type-var, arg-type]  # swapped

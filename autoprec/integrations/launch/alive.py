@@ -8,9 +8,11 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from autoprec.integrations.launch.script import run_script
 from autoprec.model.layers import unwrapped
+from autoprec.workload.optimizers import trained_by
 
 Part = nn.Module | nn.Parameter
 _JOINED = weakref.WeakSet[nn.ModuleDict]()  # made here, of modules that no module of theirs holds
@@ -20,6 +22,17 @@ def find_roots(part: Part) -> Iterator[nn.Module]:
     """Yield the outermost modules that contain a part, itself if nothing does."""
     parents = _parents()
     return (found for found in _within(part, parents) if not parents[id(found)])
+
+
+def copies_refusal(optimizer: Optimizer) -> str:
+    """Say that an optimizer trains what no module holds, as under ZeRO; "" if one holds some."""
+    parents = _parents()
+    if any(parents[id(parameter)] for parameter in trained_by(optimizer)):
+        return ""
+    return (
+        f"{type(optimizer).__name__} trains tensors that no module holds, such as the copies that "
+        "DeepSpeed's ZeRO makes: set its stage to 0 (without bf16), or shard by fully_shard"
+    )
 
 
 def smallest_with(parts: Iterable[Part]) -> nn.Module | None:

@@ -12,7 +12,6 @@ by call; whatever is not in this order ends the script with the reason:
 
 import inspect
 import math
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from torch.optim import optimizer as step_hooks
 from autoprec.common.text import error_line
 from autoprec.device.ranks import world_size
 from autoprec.errors import WorkloadError
-from autoprec.integrations.launch.alive import is_joined, join, smallest_with
+from autoprec.integrations.launch.alive import copies_refusal, is_joined, join, smallest_with
 from autoprec.integrations.launch.calls import FirstCall, RecordedBatch, RecordedCall, SeenCall
 from autoprec.integrations.launch.optimizers import SeenOptimizer
 from autoprec.integrations.launch.patches import Function, patched
@@ -109,7 +108,9 @@ class Recorder:
     def _around_call(self, call: Function, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         is_training = self._depth == 0 and module.training and torch.is_grad_enabled()
         # a parametrized weight is made where it is read, as at its registration
-        if not is_training or isinstance(module, (*_precision_wrappers(), ParametrizationList)):
+        if not is_training or isinstance(module, ParametrizationList):
+            return call(module, *args, **kwargs)
+        if _is_wrapper(unwrapped(module, parallel=True)):
             return call(module, *args, **kwargs)
         if not any(p.requires_grad for p in module.parameters()):
             return call(module, *args, **kwargs)
@@ -346,6 +347,8 @@ class Recorder:
         return changed
 
     def _begin_step(self, optimizer: Optimizer) -> None:
+        if optimizer not in self.optimizers and (copies := copies_refusal(optimizer)):
+            self.refuse(f"an optimizer must train the model's weights, but {copies}")
         is_first = len(self.batches) > self._batches_before  # that steps after this gradient
         if not is_first and (not self._stepped or optimizer in self._stepped):
             self.refuse(
@@ -438,9 +441,7 @@ class Recorder:
         ]
 
 
-def _precision_wrappers() -> tuple[Any, ...]:  # Any: classes of a library that may be imported
-    """Return the classes that only put autocast around the model: Fabric's."""
-    modules = ("lightning.fabric.wrappers", "lightning_fabric.wrappers")
-    return tuple(
-        vars(sys.modules[name])["_FabricModule"] for name in modules if name in sys.modules
-    )
+def _is_wrapper(module: nn.Module) -> bool:
+    """Whether it only hands its calls to its `module`: Fabric's, DeepSpeed's engine."""
+    inner = getattr(module, "module", None)
+    return isinstance(inner, nn.Module) and {*module.parameters()} == {*inner.parameters()}

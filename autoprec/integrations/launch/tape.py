@@ -186,7 +186,7 @@ class Tape:
 
         def watched(gradient: Tensor) -> Tensor | None:
             found: Tensor | None = hook(gradient)
-            self.has_changed_gradient |= found is not None
+            self.has_changed_gradient |= found is not None and found is not gradient
             return found
 
         return watched

@@ -38,7 +38,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from autoprec.common.text import first_and_more
 from autoprec.errors import AutoprecError, PlanMismatchError
-from autoprec.integrations.launch.alive import Part, find_roots, is_joined, join
+from autoprec.integrations.launch.alive import Part, copies_refusal, find_roots, is_joined, join
 from autoprec.integrations.launch.guarding import ScriptGuard
 from autoprec.integrations.launch.patches import Function, patched
 from autoprec.integrations.launch.script import script_line
@@ -237,7 +237,7 @@ class Watch:
             if self._planned(optimizer) is None:  # of a second model too: get_state_dict steps it
                 self._search_for(optimizer, f"before {type(optimizer).__name__}'s first step")
             self._waits[optimizer] = False
-            if not self.applied and self.misfits and not self._may_fit_later():
+            if not self.applied and self.misfits and not self._may_fit_later(optimizer):
                 self.failure = PlanMismatchError(self.describe())
                 self.stop()
                 raise self.failure
@@ -355,8 +355,12 @@ class Watch:
         self._until_done.close()  # or two wrappers would look
         self._until_done.enter_context(patched(nn.Module, "__call__", self._around_call))
 
-    def _may_fit_later(self) -> bool:
+    def _may_fit_later(self, optimizer: Optimizer) -> bool:
         """Whether some model that is alive fits the plan, although others are trained first."""
+        fitting = next((name for name, (differing, _) in self.misfits.items() if not differing), "")
+        if fitting and (copies := copies_refusal(optimizer)):
+            self.misfits[fitting] = 0, copies
+            return False
         gc.collect()
         modules = [found for found in gc.get_objects() if issubclass(type(found), nn.Module)]
         return any(_fits(self.plan, module) for module in modules)
