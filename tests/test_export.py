@@ -397,6 +397,16 @@ def test_every_target_says_what_it_leaves_out_and_is_ascii(to: str) -> None:
     assert text.startswith("# autoprec plan ")
 
 
+def test_fp32_outside_of_layers_is_left_to_the_trainer_where_that_can_say_it() -> None:
+    outside = plan({"a": TENSORWISE}, uncovered=("moves",), fp32_outputs=("moves",))
+    assert "up to the next layer, is for your trainer too: moves." in export_plan(
+        outside, "torchao"
+    )
+    for to in TARGETS.keys() - {"torchao"}:
+        with pytest.raises(PlanMismatchError, match="the plan has moves in fp32"):
+            export_plan(outside, to)
+
+
 @pytest.mark.parametrize("to", list(TARGETS))
 def test_every_target_refuses_what_none_can_say(to: str) -> None:
     with pytest.raises(PlanMismatchError, match="this plan has none"):

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from autoprec.records import Basis, Verdict
+from autoprec.records import Basis, Precision, Verdict
 from autoprec.report import formats
 from autoprec.report.answer import Advice
 from autoprec.report.summary import Summary, apply_line
@@ -89,7 +89,6 @@ def _time_text(found: Summary) -> str:
 
 def next_lines(found: Summary, out: Path | str | None) -> Iterator[Line]:
     """Yield what to do: lines to paste where there is a plan to apply."""
-    folder = Path(out or ".").as_posix()
     match found.answer.advice:
         case Advice.TUNE:
             yield Line("run `autoprec tune MODEL.py`")
@@ -103,21 +102,26 @@ def next_lines(found: Summary, out: Path | str | None) -> Iterator[Line]:
         case Advice.SLOWER if found.answer.rival == "bf16_o2":
             yield Line("for BF16 O2 in its place, tune with --keep '*=bf16_o2' --resume")
         case Advice.APPLY:
-            yield from _beware_lines(found)
-            plan = shlex.quote(f"{folder}/plan.json")
-            run = f"autoprec run --plan {plan} {found.run.script or 'TRAIN.py'}"
-            if found.run.script:
-                yield Line("train with it, the script as it is:")
-                yield Line(f"  {run}", "bold", is_whole=True)
-                return
-            yield Line("paste into the training script, after the optimizer is made:")
-            yield Line("  import autoprec", "bold", is_whole=True)
-            yield Line(f"  {apply_line(out)}", "bold", is_whole=True)
-            if found.compile_advice:
-                yield Line("  model.compile()", "bold", is_whole=True)
-            yield Line(f"as it is:  {run}", is_whole=True)
-            export = f"autoprec plan export {plan} --to torchtitan"
-            yield Line(f"elsewhere: {export}", is_whole=True)
+            yield from _apply_lines(found, out)
+
+
+def _apply_lines(found: Summary, out: Path | str | None) -> Iterator[Line]:
+    yield from _beware_lines(found)
+    plan = shlex.quote((Path(out or ".") / "plan.json").as_posix())
+    run = f"autoprec run --plan {plan} {found.run.script or 'TRAIN.py'}"
+    if found.run.script:
+        yield Line("train with it, the script as it is:")
+        yield Line(f"  {run}", "bold", is_whole=True)
+        return
+    yield Line("paste into the training script, after the optimizer is made:")
+    yield Line("  import autoprec", "bold", is_whole=True)
+    yield Line(f"  {apply_line(out)}", "bold", is_whole=True)
+    if found.compile_advice:
+        yield Line("  model.compile()", "bold", is_whole=True)
+    yield Line(f"as it is:  {run}", is_whole=True)
+    if found.run.plan and found.run.plan.count(Precision.FP8_O1):  # an export is of FP8
+        export = f"autoprec plan export {plan} --to torchao"  # which can say every plan
+        yield Line(f"elsewhere: {export}", is_whole=True)
 
 
 def _beware_lines(found: Summary) -> Iterator[Line]:
