@@ -518,6 +518,29 @@ assert loaded(x).isfinite().all()
     assert run(tmp_path, body, "2", str(tmp_path / "model.pt"), plan=plan_for(net)).status == 0
 
 
+def test_what_transformers_saves_is_loaded_in_the_dtype_of_its_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), 16)
+    made = f"BertModel(BertConfig(num_hidden_layers=1, num_attention_heads=1, **{sizes}))"
+    body = (
+        HEAD.replace(
+            "model = Net()", f"from transformers import BertConfig, BertModel; model = {made}"
+        )
+        + """
+model(torch.zeros(1, 4, dtype=int)).last_hidden_state.sum().backward()
+optimizer.step()
+model.save_pretrained(sys.argv[1])
+print(BertModel.from_pretrained(sys.argv[1]).dtype, model.dtype)
+"""
+    )
+    from transformers import BertConfig, BertModel
+
+    plan = plan_for(BertModel(BertConfig(num_hidden_layers=1, num_attention_heads=1, **sizes)))
+    run(tmp_path, body, str(tmp_path / "saved"), plan=plan)
+    assert capsys.readouterr().out == "torch.float32 torch.bfloat16\n"
+
+
 def test_an_average_that_is_older_than_the_plan_stays_fp32_and_follows(tmp_path: Path) -> None:
     body = f"""{HEAD}
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn

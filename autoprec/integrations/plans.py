@@ -16,12 +16,21 @@ from autoprec.runtime.activations import cast_floating
 from autoprec.runtime.attach import check_optimizer
 from autoprec.runtime.classes import own_class
 from autoprec.runtime.finite import leave_first_step
-from autoprec.runtime.fit import without_autocast
+from autoprec.runtime.fit import check_fit, without_autocast
 from autoprec.runtime.install import is_all_bf16
 from autoprec.runtime.masters import ON_MODEL
 
 GuardState = dict[str, Any]  # Any: whatever `Guard.state_dict` holds
 MakeGuard = Callable[[nn.Module, Optimizer, Plan], Guard]  # autoprec.Guard, or a partial of it
+
+
+def mismatch(plan: Plan, module: nn.Module) -> str | None:
+    """Say why a plan does not fit a module, None if it does."""
+    try:
+        check_fit(plan, unwrapped(module))
+    except PlanMismatchError as error:
+        return str(error)
+    return None
 
 
 def apply_plan(

@@ -21,6 +21,7 @@ to a second model that the plan is for (an ensemble, cross-validation).
 import gc
 import inspect
 import logging
+import sys
 import traceback
 import weakref
 from collections import Counter
@@ -42,17 +43,16 @@ from autoprec.integrations.launch.alive import Part, copies_refusal, find_roots,
 from autoprec.integrations.launch.guarding import ScriptGuard
 from autoprec.integrations.launch.patches import Function, patched
 from autoprec.integrations.launch.script import script_line
-from autoprec.integrations.plans import apply_plan, remove_autocast
+from autoprec.integrations.plans import apply_plan, mismatch, remove_autocast
 from autoprec.model.layers import find_layers, unwrapped
 from autoprec.records import Plan
 from autoprec.runtime import attach_optimizer, undo
 from autoprec.runtime.attach import ON_OPTIMIZER, STATELESS, StateDict, watch_optimizers
 from autoprec.runtime.averages import around_lerp
-from autoprec.runtime.fit import check_fit
 from autoprec.runtime.layouts import MASTER
 from autoprec.runtime.saving import Files
 from autoprec.runtime.shards import whole_again
-from autoprec.runtime.state_dicts import save_exactly
+from autoprec.runtime.state_dicts import exact_parameters, save_exactly
 from autoprec.workload.optimizers import trained_by, trains
 from autoprec.workload.written import LOW_PRECISION, dtype_name
 
@@ -232,6 +232,15 @@ class Watch:
     def _around_save(self, save: Function, obj: Any, *args: Any, **kwargs: Any) -> None:
         save(self._files.as_saved(obj), *args, **kwargs)
 
+    def _around_config(self, save: Function, config: Any, /, *args: Any, **kwargs: Any) -> None:
+        """Save the dtype that a state dict has; transformers reads that of the parameters."""
+        for model in filter(None, (applied.model() for applied in self.applied)):
+            parts = (module for module in model.modules() if vars(module).get("config") is config)
+            own = (p for part in parts for p in part.parameters() if p.is_floating_point())
+            if next(own, None) in exact_parameters(model):
+                config.dtype = "float32"  # as transformers writes it
+        save(config, *args, **kwargs)
+
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:  # Any: torch's
         if self._waits.get(optimizer):
             if self._planned(optimizer) is None:  # of a second model too: get_state_dict steps it
@@ -326,7 +335,7 @@ class Watch:
             self.stop()
             raise
         self._files.hand_over(inner)
-        save_exactly(in_fp32)  # the script's checkpoints are those of its FP32 model
+        self._save_exactly(in_fp32)
         names = inner.keys() if isinstance(inner, nn.ModuleDict) and is_joined(inner) else ()
         name = " and ".join(names) or type(inner).__name__
         where = f"{name} at {script_line()} ({moment})"
@@ -341,6 +350,13 @@ class Watch:
                 del optimizer.state[parameter]
             self._waits[optimizer] = False
         self._end_search_if_done()
+
+    def _save_exactly(self, in_fp32: Sequence[nn.Module]) -> None:
+        """Let the script's checkpoints be those of its FP32 model, with their dtype beside them."""
+        save_exactly(in_fp32)
+        if not self.applied and (transformers := sys.modules.get("transformers")):
+            config = (transformers.PretrainedConfig, "save_pretrained", self._around_config)
+            self._until_end.enter_context(patched(*config))
 
     def _planned(self, optimizer: Optimizer) -> tuple[Applied, nn.Module] | None:
         """Return the model with the plan that an optimizer trains, None if there is none."""
@@ -391,13 +407,13 @@ def _holds_fp32(module: nn.Module) -> bool:
 
 
 def _fits(plan: Plan, module: nn.Module) -> bool:
-    return len(find_layers(module)) == len(plan.layers) and _mismatch(plan, module) is None
+    return len(find_layers(module)) == len(plan.layers) and mismatch(plan, module) is None
 
 
 def _measure_misfit(plan: Plan, module: nn.Module) -> tuple[int, str]:
     """Return the number of layers that only one of the two has, and the reason of the misfit."""
     differing = find_layers(module).keys() ^ {layer.name for layer in plan.layers}
-    return len(differing), _mismatch(plan, module) or "it fits"
+    return len(differing), mismatch(plan, module) or "it fits"
 
 
 def _is_in_forward(root: nn.Module) -> bool:
@@ -405,11 +421,3 @@ def _is_in_forward(root: nn.Module) -> bool:
     running = {frame.f_code for frame, _ in traceback.walk_stack(None)}
     forwards = [inspect.unwrap(type(module).forward) for module in root.modules()]
     return any(getattr(forward, "__code__", None) in running for forward in forwards)
-
-
-def _mismatch(plan: Plan, module: nn.Module) -> str | None:
-    try:
-        check_fit(plan, unwrapped(module))
-    except PlanMismatchError as error:
-        return str(error)
-    return None
