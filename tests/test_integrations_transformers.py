@@ -19,6 +19,7 @@ import autoprec
 from autoprec.errors import PlanMismatchError
 from autoprec.integrations.transformers import PrecisionPlanCallback, apply
 from autoprec.records import FP32, Plan, Recipe, fp8_option
+from autoprec.runtime.attach import ON_OPTIMIZER
 from tests.accelerate_state import fresh_accelerate
 from tests.models import Mlp
 from tests.plans import plan_for
@@ -115,6 +116,31 @@ def _by_hand(*, parts: int = 1) -> tuple[nn.Module, list[float]]:
         optimizer.zero_grad()
         losses.append(total)
     return model, losses
+
+
+class Loss(nn.Module):
+    """Holds the model that it calls, as those of sentence-transformers do."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        loss: Tensor = self.model(**inputs).loss
+        return loss
+
+
+def test_a_plan_for_the_loss_that_holds_the_model_is_applied_to_it(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path)
+    trainer.loss = Loss(trainer.model)
+    trainer.compute_loss = lambda model, inputs, **_: trainer.loss(inputs)
+    others = {f"model.{name}": option for name, option in MIXED.items()}
+    apply(plan_for(trainer.loss, others=others), trainer)
+    trainer.train()
+    inner = trainer.optimizer.optimizer
+    assert ON_OPTIMIZER in vars(inner)
+    _, expected = _by_hand()
+    assert _losses(trainer) == pytest.approx(expected, rel=1e-2)
 
 
 @pytest.mark.parametrize(

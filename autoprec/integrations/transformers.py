@@ -26,7 +26,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 
 from autoprec.errors import PlanMismatchError
 from autoprec.integrations.accelerate import check_state
-from autoprec.integrations.plans import GuardedSteps, MakeGuard, apply_plan, runs_plan
+from autoprec.integrations.plans import GuardedSteps, MakeGuard, apply_plan, mismatch, runs_plan
 from autoprec.model.layers import unwrapped
 from autoprec.records import Plan
 from autoprec.runtime import attach_optimizer, check_fit
@@ -57,9 +57,13 @@ def apply(plan: Plan | Path | str, trainer: Trainer, *, guard: MakeGuard | None 
         )
     # all that can be refused is refused before the Trainer is changed
     _check_arguments(trainer.args)
-    check_fit(callback.plan, unwrapped(trainer.model))
+    # a plan may be for a module that holds the model: the loss of sentence-transformers
+    held = (own for own in [trainer.model, *vars(trainer).values()] if isinstance(own, nn.Module))
+    fitting = next((own for own in held if not mismatch(callback.plan, own)), trainer.model)
+    check_fit(callback.plan, unwrapped(fitting))
     trainer.create_optimizer()  # `train` takes this one, and loads a checkpoint's masters into it
-    apply_plan(callback.plan, trainer.model, _inner(trainer.optimizer))
+    apply_plan(callback.plan, fitting, _inner(trainer.optimizer))
+    callback.holder = None if fitting is trainer.model else fitting
     trainer.add_callback(callback)
     if guard is not None:
         steps = callback.steps = GuardedSteps(guard)
@@ -78,6 +82,7 @@ class PrecisionPlanCallback(TrainerCallback):  # type: ignore[misc]  # transform
         """Read the plan."""
         self.plan = Plan.load(plan)
         self.steps: GuardedSteps | None = None
+        self.holder: nn.Module | None = None  # what the plan is for, if not the Trainer's model
 
     # Any, here and below: what else a Trainer gives its callbacks
     def on_init_end(self, args: TrainingArguments, *_: Any, model: nn.Module, **event: Any) -> None:
@@ -90,6 +95,7 @@ class PrecisionPlanCallback(TrainerCallback):  # type: ignore[misc]  # transform
         self, args: TrainingArguments, state: TrainerState, *_: Any, model: nn.Module, **event: Any
     ) -> None:
         """Attach the optimizer that the Trainer has made since, and go on with the guard's run."""
+        model = self.holder or model
         if not runs_plan(model, self.plan):
             raise PlanMismatchError(
                 "the model that is trained must be the one that the plan was applied to, but the "
