@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autoprec.common.text import first_and_more
 from autoprec.records import BF16_O2, Precision
 from autoprec.report import RunRecords, layers_frame
 from autoprec.report.layer_frame import PARTS, TIMES, Row, frame_rows, options_frame
@@ -195,6 +196,12 @@ def test_rows_with_another_answer_are_not_folded() -> None:
     assert "blocks.0.qkv" in names
     assert "blocks.{1-11}.qkv (x11)" in names
     assert "blocks.{0-11}.fc1 (x12)" in names
+
+
+def test_a_model_that_is_a_layer_itself_has_a_name() -> None:
+    (own,) = fold_names([""])
+    assert own == "(the model itself)"
+    assert first_and_more(["", "head"]) == "the model itself, head"
 
 
 def test_a_folded_name_that_covers_too_much_says_so() -> None:

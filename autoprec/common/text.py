@@ -42,12 +42,12 @@ def shown_value(value: object) -> str:
 def first_and_more(
     names: Iterable[object], *, most: int = MOST_NAMED, separator: str = ", "
 ) -> str:
-    """Return the first names in words, and how many more there are.
+    """Return the first names in words, and how many more there are; "" is the model's own.
 
     >>> first_and_more(["a", "b", "c"], most=2)
     'a, b and 1 more'
     """
-    every = [str(name) for name in names]
+    every = [str(name) or "the model itself" for name in names]
     more = f" and {len(every) - most} more" if len(every) > most else ""
     return separator.join(every[:most]) + more
 

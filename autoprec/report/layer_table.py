@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from autoprec.common.grouping import grouped
 from autoprec.records import Basis, Option
 from autoprec.report import formats
-from autoprec.report.formats import and_more
+from autoprec.report.formats import and_more, count_of
 from autoprec.report.layer_frame import (
     BASELINES,
     COLUMNS,
@@ -209,7 +209,7 @@ def total_row(frame: "pd.DataFrame") -> Row:
     (row,) = frame_rows(summed) or [dict.fromkeys(frame.columns)]
     untimed = int(frame["total_ms"].fillna(frame["bf16_o2_total_ms"]).isna().sum())
     about = dict.fromkeys(("shape", "option", "reason", "code", "type"), "")
-    return row | about | {"name": f"all {len(frame)} layers", "untimed": untimed}
+    return row | about | {"name": f"all {count_of(len(frame), 'layer')}", "untimed": untimed}
 
 
 def _summed(frame: "pd.DataFrame", groups: "pd.Series[int]") -> "pd.DataFrame":
@@ -241,7 +241,7 @@ def _weakest(bases: "pd.Series[str]", by: Any) -> "pd.Series[str]":  # Any: grou
 def _common_name(names: Sequence[str]) -> str:
     """Return one name, with ranges for the numbers that differ, and the number of layers."""
     if len(names) == 1:
-        return names[0]
+        return names[0] or "(the model itself)"
     numbers = zip(*(_NUMBER.findall(name) for name in names), strict=True)
     values = [sorted({int(number) for number in column}) for column in numbers]
     shown = iter(map(_ranges, values))
