@@ -626,6 +626,11 @@ REFUSALS = {
         "turns.reverse(); turns[0].step()",
         "not so Adam and SGD",
     ),
+    "weights apart from layers": (
+        "loss = F.cross_entropy(model(x), y)",
+        "loss = F.cross_entropy(Apart()(x), y) + Apart()(x).sum()",
+        "but Apart has them elsewhere",
+    ),
     "copies of the weights": (
         "optimizer.step()",
         "copies.step()",
@@ -689,6 +694,12 @@ main, other, unnamed = model, nn.Linear(16, 16), [nn.Linear(16, 16)]
 copies = torch.optim.SGD([p.detach().clone() for p in model.parameters()], lr=0.1)
 others = torch.optim.SGD([*model.parameters(), *unnamed[0].parameters()], lr=0.1)
 turns = [torch.optim.SGD(model.first.parameters()), torch.optim.Adam(model.head.parameters())]
+class Apart(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.ParameterDict({"kernel": torch.ones(16, 32)})
+    def forward(self, x):
+        return F.linear(x, self.weights["kernel"])
 class Doubled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

@@ -258,8 +258,8 @@ def make_spec(seen: ObservedStep, workload: Workload) -> ModelSpec:
     layers = tuple(_layer_spec(name, seen, names=names) for name in seen.calls)
     if not any(layer.calls for layer in layers):
         raise CaptureError(
-            "at least one layer must run in the training step, but none did; "
-            "loss_fn(model, batch) must call the model it is given"
+            "at least one layer must run in the training step, but none did; loss_fn(model, batch) "
+            "must call the model that it is given, not functions of its weights (torchrl's losses)"
         )
     return ModelSpec(
         layers=layers,

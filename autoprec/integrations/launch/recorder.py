@@ -42,7 +42,7 @@ from autoprec.integrations.launch.weights import (
     has_grad,
     sum_of_weights,
 )
-from autoprec.model.layers import unwrapped
+from autoprec.model.layers import find_layers, unwrapped
 from autoprec.model.local_copy import REFUSALS, copy_model, is_divided
 from autoprec.runtime.masters import ON_MODEL
 from autoprec.runtime.shards import kept_gradients
@@ -178,8 +178,11 @@ class Recorder:
             if not self._widen([model]):
                 if type(model) is type(self.model) and self.steps > 1:
                     raise StopScript  # the next fold, or the same run resumed: the first has ended
+                own = type(model).__name__
                 self.refuse(
-                    "what is trained must be one model, or models that are variables of the "
+                    f"a layer must hold its own weights, but {own} has them elsewhere, as in Keras"
+                    if not find_layers(model)
+                    else "what is trained must be one model, or models that are variables of the "
                     f"script, but it calls {names}"
                 )
 
