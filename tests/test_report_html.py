@@ -203,7 +203,7 @@ def test_page_terminal_and_json_say_one_answer_the_page_on_its_first_screen() ->
         # nothing that the terminal does not say too, in the same words
         found = summarise_run(run)
         for _, said, _ in answer_facts(found):
-            assert f"dd: {said}" in words
+            assert f"dd: {said.partition('`')[0].strip()}" in words
         assert words[first + 1] == f"span: {found.promise.badge}"
         assert told["promise"] == found.promise.words
         pasted = sum("autoprec.apply" in word for word in words)

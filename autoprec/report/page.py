@@ -5,10 +5,11 @@ content security policy forbids any, and every request; so a name that smuggled 
 escaping could still not run or send anything.
 """
 
+import re
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from autoprec import __version__
 from autoprec.report import figures, formats, tables
@@ -20,6 +21,7 @@ from autoprec.report.summary import summarise_run
 from autoprec.sensitivity.causes import offset_of
 
 TEMPLATES = Path(__file__).parent / "templates"
+_QUOTED = re.compile(r"`([^`]+)`")
 MOST_GROUPS = 150  # of alike layers in the table; layers.csv has every layer
 
 
@@ -32,6 +34,11 @@ def _shown(value: object) -> object:
     return value
 
 
+def _prose(text: str) -> Markup:
+    """Return a sentence in which what stands between backticks is code."""
+    return Markup(_QUOTED.sub(r"<code>\1</code>", str(escape(formats.clean_text(text)))))
+
+
 ENVIRONMENT = Environment(
     loader=FileSystemLoader(TEMPLATES),
     autoescape=True,
@@ -40,6 +47,7 @@ ENVIRONMENT = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+ENVIRONMENT.filters["prose"] = _prose
 
 
 def render_html(run: RunRecords) -> str:

@@ -196,9 +196,10 @@ def _plan_parts(plan: Plan, width: int) -> list[Part]:
     """Return every layer of a plan with its reason, and what is known of the whole."""
     found = summarise_run(RunRecords(plan=plan))
     made = plan.fingerprint
+    tokens = f"{count_of(made.tokens_per_step, 'token')} a step, " if made.tokens_per_step else ""
     lines = [
         found.counted or "0 layers: none",
-        f"made for {made.device}, {made.tokens_per_step} tokens a step, {made.structure}",
+        f"made for {made.device}, {tokens}{made.structure}",
         f"outside any layer: {', '.join(plan.uncovered)}" if plan.uncovered else "",
     ]
     return [
