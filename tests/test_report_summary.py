@@ -556,7 +556,7 @@ def test_what_was_tuned_by_its_script_is_trained_by_it() -> None:
     lines = [line.text.strip() for line in next_lines(summarise_run(run), "out")]
     assert "autoprec run --plan out/plan.json train.py --lr '1 e'" in lines
     assert not any("apply" in line for line in lines)
-    assert "autoprec run --plan ./plan.json train.py" in render_html(run)
+    assert "autoprec run --plan plan.json train.py" in render_html(run)
 
 
 def test_a_keep_that_costs_nothing_is_not_advised_against() -> None:
