@@ -328,6 +328,13 @@ def test_all_fp32_needs_nothing_applied() -> None:
     assert text.startswith("Train in FP32: there is nothing to apply")
     assert "FP8 pays" not in text
     assert "autoprec.apply" not in text
+    assert plan.predicted
+    decided = {
+        "predicted": plan.predicted.model_copy(update={"left_out": 0.8}),
+        "notes": ("BF16 is not worth it here: by its layers",),
+    }
+    text = summary_text(replace(run, plan=plan.model_copy(update=decided), verification=None))
+    assert text.startswith("Train in FP32 until BF16 is timed: no time is known for 80 % of the we")
 
 
 def test_a_predicted_step_says_so() -> None:

@@ -17,6 +17,7 @@ from autoprec.report.step_times import Speedup, title_of
 
 PAYS, LOSES, UNSURE = "FP8 pays", "FP8 is not worth it", "Whether FP8 pays is not certain"
 TOO_LARGE = "Too large for the device"
+MOST_LEFT_OUT = 0.5  # of the weights: times of fewer layers do not decide what a whole step takes
 LEADS = {
     Verdict.VERIFIED: "Train with",
     Verdict.INCONCLUSIVE: "Not proven yet:",
@@ -56,10 +57,19 @@ class Answer:
             said = promise.headline.removeprefix("but ")
             return cls(Advice.DISCARD, f"Do not train with this plan: {said}", fp8)
         if set(plan.options) == {FP32}:
-            return cls(Advice.LEAVE, "Train in FP32: there is nothing to apply", fp8)
+            return cls(Advice.LEAVE, _fp32_sentence(plan), fp8)
         if rival:
             return cls(Advice.SLOWER, _rival_sentence(run, plan, speedups, rival), fp8, rival)
         return cls(Advice.APPLY, _plan_sentence(run, plan, speedups, promise), fp8)
+
+
+def _fp32_sentence(plan: Plan) -> str:
+    """Return the advice of a plan that changes nothing, with its doubt if times decided it."""
+    left_out = plan.predicted.left_out if plan.predicted else 0.0
+    if left_out < MOST_LEFT_OUT or not plan_note(plan, "BF16 is not worth it here"):
+        return "Train in FP32: there is nothing to apply"
+    share = formats.share(left_out)
+    return f"Train in FP32 until BF16 is timed: no time is known for {share} of the weights"
 
 
 def _rival(plan: Plan, speedups: Mapping[str, Speedup]) -> str:
