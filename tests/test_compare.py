@@ -68,6 +68,18 @@ def test_a_run_does_not_differ_from_itself() -> None:
     assert (found.layers_compared, found.times_compared, found.errors_compared) == (15, 57, 42)
 
 
+def test_what_stays_fp32_beside_layers_is_a_decision() -> None:
+    run = make_run(blocks=1)
+    assert run.plan
+    norm = next(layer for layer in run.plan.layers if layer.name.endswith("norm1"))
+    kept = {"fp32_outputs": ("class_token", norm.name)}
+    found = compare_runs(run, replace(run, plan=run.plan.model_copy(update=kept)))
+    token, own = found.decisions
+    assert (token.name, token.before, token.after) == ("class_token", "bf16_o2", "fp32")
+    assert (own.name, own.before) == (norm.name, norm.option.key)
+    assert own.after == f"{norm.option.key} with its outputs"
+
+
 def test_slower_fp8_is_found_where_it_is_and_nowhere_else() -> None:
     found = compare_runs(make_run(), make_run(machine=SLOWER))
     assert found.step

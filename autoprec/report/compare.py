@@ -27,7 +27,7 @@ from autoprec.common.text import first_and_more, percent
 from autoprec.errors import RecordError
 from autoprec.records.checks import Change, Comparison, DifferenceRow
 from autoprec.records.cost import BASELINES, FEWEST_SPREAD, Timing, student_factor
-from autoprec.records.model import Basis
+from autoprec.records.model import BF16_O2, FP32, Basis
 from autoprec.records.sensitivity import Estimate
 from autoprec.report.formats import count_of
 from autoprec.report.promise import Promise
@@ -36,6 +36,7 @@ from autoprec.report.step_times import Speedup, plan_speedups, plan_steps, profi
 from autoprec.report.summary import plan_grad_error
 
 ABSENT = "absent"
+STAYS = " with its outputs"  # an FP32 layer behind which FP32 stays
 ALPHA = 0.05  # the share of comparisons of equal runs that a table may show a difference in
 ROBUST_SIGMA = 1.4826  # a normal standard deviation over its median absolute deviation
 MAD_FREEDOM = 0.37  # degrees of freedom of that per value: its efficiency at a normal
@@ -365,7 +366,11 @@ def _facts(run: RunRecords) -> dict[str, str]:
 
 
 def _decisions(run: RunRecords) -> dict[str, str]:
-    return {layer.name: layer.option.key for layer in run.plan.layers} if run.plan else {}
+    if run.plan is None:
+        return {}
+    kept, is_fp32 = run.plan.fp32_outputs, set(run.plan.options) == {FP32}
+    outside = {x: (FP32 if is_fp32 or x in kept else BF16_O2).key for x in run.plan.uncovered}
+    return outside | {x.name: x.option.key + STAYS * (x.name in kept) for x in run.plan.layers}
 
 
 def _differences(
