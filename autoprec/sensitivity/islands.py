@@ -10,10 +10,12 @@ stay FP32 up to the next layer. That is tried on uniform BF16 and kept if half o
 is what a plan pays for having the island in 16 bits, beyond the rows of its layers.
 
 Parameters outside of layers (the transitions of a CRF, the poles of a state-space model) make code
-of the user's compute in BF16. They are tried together, first and, where that is not enough, once
-more with the layers' islands; they have no cost in FP32 that is known, so no plan has them in BF16.
+of the user's compute in BF16. They are tried together, first and once more with the islands that
+were found, where half of the error is none of the layers' rows; what they cost in FP32 is not
+known, so no plan has them in BF16 then.
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from torch import nn
@@ -54,8 +56,11 @@ def find_islands(
     in_vain = 0
     for names in (outside, *((*producers.get(name, ()), name) for name in worst), outside):
         kept = [name for island in found for name in island.names]
-        is_done = joint < TOO_COARSE or (in_vain == MOST_IN_VAIN and names != outside)
-        if is_done or not names or not set(kept).isdisjoint(names):
+        is_vain = in_vain == MOST_IN_VAIN
+        if names == outside:  # of layers in 16 bits the rows know the error
+            rest = math.fsum(error for name, error in own.items() if name not in kept)
+            is_vain = rest > joint / 2 or (in_vain > 0 and not found)
+        if joint < TOO_COARSE or is_vain or not names or not set(kept).isdisjoint(names):
             continue
         error = measure([*kept, *names])
         if error <= joint / 2:
