@@ -1,6 +1,6 @@
 """An operand that BF16 is too coarse for: an island in FP32, and not the whole model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from autoprec.errors import InfeasibleError, RecordError
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
+from autoprec.model.memory import io_elements
 from autoprec.predict.carry import carry_plan
-from autoprec.predict.transfer import transfer_sensitivity
+from autoprec.predict.transfer import transfer_sensitivity, unknown_sensitivity
 from autoprec.records import (
+    BF16_O2,
     FP32,
     Basis,
     Constraint,
+    Island,
     ModelSpec,
     Plan,
     Precision,
@@ -24,6 +27,7 @@ from autoprec.records import (
 )
 from autoprec.runtime import apply, install_options, undo
 from autoprec.search import build_plan, search_plan
+from autoprec.search.costs import make_costs
 from autoprec.sensitivity.islands import find_producers
 from autoprec.sensitivity.joint import JointMeter, tied_with
 from autoprec.sensitivity.measure import measure_sensitivity
@@ -53,7 +57,23 @@ class Shifted(nn.Module):
         return out
 
 
-def workload_of(offset: float) -> Workload:
+class Offsets(nn.Module):
+    """Linears whose outputs are all too far from zero for BF16, in code between them alone."""
+
+    def __init__(self, offset: float) -> None:
+        super().__init__()
+        self.offset = offset
+        self.inner = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.head = nn.Linear(WIDTH, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.inner:
+            x = F.gelu((layer(x) + self.offset) - self.offset)
+        out: Tensor = self.head(x)
+        return out
+
+
+def workload_of(offset: float, model: Callable[[float], nn.Module] = Shifted) -> Workload:
     target = torch.randn(WIDTH, 16, generator=torch.Generator().manual_seed(9)) / 8
 
     def train_batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -63,7 +83,7 @@ def workload_of(offset: float) -> Workload:
             yield x, (x @ target).tanh()
 
     functions = {
-        "build_model": lambda: Shifted(offset),
+        "build_model": lambda: model(offset),
         "train_batches": train_batches,
         "loss_fn": lambda model, batch: F.mse_loss(model(batch[0]), batch[1]),
         "build_optimizer": lambda model: torch.optim.Adam(model.parameters(), lr=1e-3),
@@ -211,6 +231,48 @@ def test_parameters_outside_of_layers_stay_fp32_where_bf16_is_too_coarse() -> No
     undo(model)
     assert dtypes.pop("moves") is torch.float32
     assert set(dtypes.values()) == {torch.bfloat16}
+
+
+def test_fp32_between_all_layers_where_bf16_is_too_coarse_there_and_not_in_them() -> None:
+    run = Run(workload_of(OFFSET, Offsets))
+    (island,) = run.sensitivity.islands
+    assert island.names == run.spec.names
+    assert run.sensitivity.activation_error.mean < 1e-3
+    plan = run.plan()
+    assert FP32 not in plan.options
+    assert plan.fp32_outputs == run.spec.names
+    assert plan.grad_error is not None
+    assert plan.grad_error < 0.01
+    assert any("what is computed between layers" in note for note in plan.notes)
+    large = run.spec.model_copy(update={"structure": "large"})
+    assert transfer_sensitivity(run.sensitivity, large).fp32_outside == run.spec.names
+    assert carry_plan(plan, run.spec, run.sensitivity).fp32_outputs == run.spec.names
+    model, x = run.reference.model, torch.randn(4, WIDTH)
+    with torch.no_grad():
+        exact = model(x)
+        apply(plan, model)
+        near, dtypes = model(x), {parameter.dtype for parameter in model.parameters()}
+        undo(model)
+    assert dtypes == {torch.bfloat16}
+    assert float((near - exact).norm() / exact.norm()) < 0.1
+
+
+def test_a_plan_with_fp32_between_layers_costs_what_is_between_them_in_fp32() -> None:
+    spec = capture_model(Context(workload_of(0.0), CPU))
+    rows = {x.name: {o: (MS[o.precision], 0.0) for o in x.options} for x in spec.layers}
+    profile = profile_of(spec, rows, basis=Basis.PREDICTED).model_copy(
+        update={"fixed_ms": 3.0, "fixed_bf16_ms": 1.0, "boundary_cast_ms_per_melement": 1.0}
+    )
+    island = Island(names=spec.names, grad_error=0.1, is_outside=True)
+    table = unknown_sensitivity(spec)
+    times = [
+        make_costs(profile, table.model_copy(update={"islands": islands})).step_ms(
+            [BF16_O2] * len(spec.layers)
+        )
+        for islands in ((), (island,))
+    ]
+    casts = sum(map(io_elements, spec.layers)) / 1e6
+    assert times[1] - times[0] == pytest.approx(2.0 + casts)
 
 
 def test_a_proxy_says_it_of_the_models_parameters_outside_of_layers_too() -> None:

@@ -137,12 +137,15 @@ def _carried(
     )
     note = f"this plan stands for that of a larger model ({plan.fingerprint.structure}) in a proof"
     uncovered = tuple(parameter.name for parameter in proxy.uncovered)
+    kept = () if set(plan.uncovered).isdisjoint(plan.fp32_outputs) else uncovered
+    if {layer.name for layer in plan.layers}.issubset(plan.fp32_outputs):
+        kept = (*proxy.names, *uncovered)
     return Plan(
         layers=tuple(
             _assignment(layer, chosen[layer.name], votes, table) for layer in proxy.layers
         ),
         uncovered=uncovered,
-        fp32_outputs=() if set(plan.uncovered).isdisjoint(plan.fp32_outputs) else uncovered,
+        fp32_outputs=kept,
         constraint=plan.constraint.model_copy(update={"keep": (), "memory_bytes": None}),
         fingerprint=made,
         grad_error=table.grad_error(chosen),

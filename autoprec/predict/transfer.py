@@ -69,9 +69,10 @@ def transfer_sensitivity(small: Sensitivity, spec: ModelSpec) -> Sensitivity:
 def _islands(small: Sensitivity, spec: ModelSpec) -> Iterator[Island]:
     """Yield the island outside of layers; which layers others are in the model, nobody knows."""
     outside = tuple(parameter.name for parameter in spec.uncovered)
-    for island in small.islands if outside else ():
+    names = (*spec.names, *outside) if small.is_fp32_between else outside
+    for island in small.islands if names else ():
         if island.is_outside:
-            yield island.model_copy(update={"names": outside})
+            yield island.model_copy(update={"names": names})
 
 
 def unknown_sensitivity(spec: ModelSpec) -> Sensitivity:

@@ -157,7 +157,8 @@ class Plan(FileRecord):
     per step. `schedule` is empty when FP8 runs from the first step to the last.
     `fp8_all_gather`: FSDP gathers FP8 weights (tensorwise only). `fp32_outputs` are FP32 layers
     whose outputs stay FP32 up to the next layer, as BF16 is too coarse between them, and for the
-    same reason parameters of `uncovered` that stay FP32. `followers` are parameters that stay FP32,
+    same reason parameters of `uncovered` that stay FP32; where it has all layers, activations are
+    FP32 between all of them, those in BF16 and FP8 too. `followers` are parameters that stay FP32,
     whatever their layers compute in: no optimizer trains them, but the training writes into them (a
     teacher that averages its student). `expected_gap` is what the search predicts for the end of
     the run; None where nobody said how long it is.

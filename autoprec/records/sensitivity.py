@@ -94,7 +94,8 @@ class Island(Record):
     """Layers that go to FP32 together or not at all, with FP32 between them.
 
     `grad_error` is what a plan with any of them in 16 bits has beyond the layers' rows. With
-    `is_outside` they are parameters outside of layers, which every plan has in FP32.
+    `is_outside` they are parameters outside of layers, which every plan has in FP32; with all
+    layers among them, that is what is between layers, whatever the layers are in.
     """
 
     names: tuple[str, ...]
@@ -200,8 +201,13 @@ class Sensitivity(FileRecord):
 
     @property
     def fp32_outside(self) -> tuple[str, ...]:
-        """The parameters outside of layers for which BF16 is too coarse."""
+        """The parameters outside of layers that stay FP32, with all layers what is between them."""
         return tuple(n for island in self.islands if island.is_outside for n in island.names)
+
+    @property
+    def is_fp32_between(self) -> bool:
+        """Whether every plan has FP32 between all layers."""
+        return not {row.name for row in self.rows}.isdisjoint(self.fp32_outside)
 
     @property
     def island_names(self) -> tuple[str, ...]:

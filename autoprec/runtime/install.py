@@ -131,7 +131,8 @@ def install_options(
     Args:
         model: its layers that `options` does not name stay as they are.
         options: by layer name.
-        activation_dtype: between layers; default BF16 if any option is 16-bit or FP8, else FP32.
+        activation_dtype: between layers; default BF16 if any option is 16-bit or FP8, and not all
+            layers are in `fp32_outputs`, else FP32.
         root: whether `model` is what the training step calls: its floating outputs become FP32,
             unless all its parameters are BF16 and no plan's.
         uncovered: names of parameters outside of layers, to be stored in the activation dtype, or
@@ -148,9 +149,10 @@ def install_options(
     for name, option in options.items():
         _check_layer(name, layers, option)
     has_16_bit = any(option_dtype(option) is torch.bfloat16 for option in options.values())
-    activation_dtype = activation_dtype or (torch.bfloat16 if has_16_bit else torch.float32)
-    storage = _plan_storage(layers, options)
     kept, came_in_bf16 = frozenset(fp32_outputs), is_all_bf16(model)
+    is_low_between = has_16_bit and not kept.issuperset(options)
+    activation_dtype = activation_dtype or (torch.bfloat16 if is_low_between else torch.float32)
+    storage = _plan_storage(layers, options)
     outside = {True: torch.float32, False: activation_dtype}
     storage |= {model.get_parameter(name): (name, outside[name in kept]) for name in uncovered}
     own = (kept, followers_of(model), came_in_bf16)

@@ -204,7 +204,8 @@ def make_costs(profile: Profile, sensitivity: Sensitivity) -> Costs:
     places = {layer.name: index for index, layer in enumerate(layers)}
     inside = (island for island in sensitivity.islands if not island.is_outside)
     islands = [(tuple(places[name] for name in i.names), i.grad_error) for i in inside]
-    priced = [_price_layer(x, timings[x.name], effects[x.name], profile) for x in layers]
+    between = FP32 if sensitivity.is_fp32_between else BF16_O2
+    priced = [_price_layer(x, timings[x.name], effects[x.name], profile, between) for x in layers]
     scale = _layer_scale(profile)
     prices = tuple({o: price.scaled(scale) for o, price in own.items()} for own, _ in priced)
     activation_error = max(sensitivity.activation_error.mean, 0.0)
@@ -213,7 +214,7 @@ def make_costs(profile: Profile, sensitivity: Sensitivity) -> Costs:
         prices=prices,
         missing=tuple(missing for _, missing in priced),
         outside_fp32=_outside(profile, prices, FP32, grad_error=0.0),
-        outside_bf16=_outside(profile, prices, BF16_O2, grad_error=activation_error),
+        outside_bf16=_outside(profile, prices, between, grad_error=activation_error),
         locks=(
             default_locks(layers)
             if sensitivity_basis(sensitivity) is Basis.UNKNOWN
@@ -249,6 +250,7 @@ def _price_layer(
     timings: Mapping[Option, LayerTiming],
     effects: Mapping[Option, LayerSensitivity],
     profile: Profile,
+    between: Option,
 ) -> tuple[dict[Option, Price], dict[Option, str]]:
     prices: dict[Option, Price] = {}
     missing: dict[Option, str] = {}
@@ -259,7 +261,8 @@ def _price_layer(
         if why := _why_missing(layer, option, timing, effect):
             missing[option] = why
         else:
-            price = _price(timing, effect, boundary_ms=boundary_ms if option == FP32 else 0.0)
+            casts = (option == FP32) is not (between == FP32)
+            price = _price(timing, effect, boundary_ms=boundary_ms if casts else 0.0)
             margin_ms = _margin_ms(timing, baseline, profile)
             # what is not called takes no time of its own where other layers' times come from
             basis = price.time_basis if layer.calls else profile.basis

@@ -35,6 +35,7 @@ def build_plan(
     constraint = constraint.model_copy(update={"grad_error_budget": search.grad_error_budget})
     # the prices and the problem as the search had them: its record holds neither
     costs = make_costs(profile, sensitivity)
+    plain = make_costs(profile, sensitivity.model_copy(update={"islands": ()}))
     problem = make_problem(costs, constraint)
     options, basis = point.options, sensitivity_basis(sensitivity)
     why = reasons(Why(problem, search, options, sensitivity, profile.parallel))
@@ -49,7 +50,7 @@ def build_plan(
         fingerprint=_fingerprint(profile, sensitivity),
         grad_error=grad_error,
         grad_error_basis=grad_error_basis,
-        predicted=_predicted(costs, options, left_out=profile.left_out),
+        predicted=_predicted(costs, plain, options, left_out=profile.left_out),
         fp8_all_gather=parallel.fsdp > 1 and any(gathers_fp8(o, parallel) for o in options),
         fp32_outputs=_fp32_outputs(costs, options, sensitivity),
         followers=() if is_all_fp32(options) else profile.model.followers,
@@ -76,10 +77,13 @@ def _outside_note(sensitivity: Sensitivity, options: Options) -> list[str]:
     if is_all_fp32(options) or not sensitivity.fp32_outside:
         return []
     error = sum(island.grad_error for island in sensitivity.islands if island.is_outside)
+    where, untimed = "what is computed between layers", ""
+    if not sensitivity.is_fp32_between:
+        where = f"{first_and_more(sensitivity.fp32_outside)}, outside of layers"
+        untimed = "; what the code around it then takes is in no predicted time"
     return [
-        f"BF16 O2 is too coarse for {first_and_more(sensitivity.fp32_outside)}, outside of layers: "
-        f"alone it has gradient error {percent(error)}, so that is FP32 here; what the code around "
-        "it then takes is in no predicted time"
+        f"BF16 O2 is too coarse for {where}: "
+        f"alone it has gradient error {percent(error)}, so that is FP32 here{untimed}"
     ]
 
 
@@ -108,12 +112,12 @@ def _assignment(costs: Costs, index: int, options: Options, reason: str) -> Assi
     )
 
 
-def _predicted(costs: Costs, options: Options, *, left_out: float) -> PredictedStep:
+def _predicted(costs: Costs, plain: Costs, options: Options, *, left_out: float) -> PredictedStep:
     low, high = costs.step_interval(options)
     return PredictedStep(
         plan_ms=costs.step_ms(options),
         fp32_ms=costs.step_ms(nearest_plan(costs.prices, FP32)),
-        bf16_o2_ms=costs.step_ms(nearest_plan(costs.prices, BF16_O2)),
+        bf16_o2_ms=plain.step_ms(nearest_plan(costs.prices, BF16_O2)),
         low_ms=low,
         high_ms=high,
         memory_bytes=costs.memory_bytes(options),

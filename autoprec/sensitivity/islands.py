@@ -13,6 +13,9 @@ Parameters outside of layers (the transitions of a CRF, the poles of a state-spa
 of the user's compute in BF16. They are tried together, first and once more with the islands that
 were found, where half of the error is none of the layers' rows; what they cost in FP32 is not
 known, so no plan has them in BF16 then.
+
+The user's code can be too coarse between many layers at once (splines, a residual far from zero).
+Where what was found leaves much, FP32 between all layers is tried, which stay in BF16 themselves.
 """
 
 import math
@@ -28,6 +31,7 @@ from autoprec.sensitivity.reference import Reference
 from autoprec.workload.functions import tensors_in
 
 TOO_COARSE = 1e-3  # of uniform BF16; networks without an offset have 1e-6 to 2e-4
+FAR_TOO_COARSE = 4e-3  # after that; as much as most budgets: FP32 between all layers costs time
 MOST_TRIED = 4  # islands, one joint measurement each
 MOST_IN_VAIN = 2  # of them: where kinks make BF16 coarse there are none
 MOST_PRODUCERS = 4  # more of them is a residual stream, whose sums no island keeps in FP32
@@ -44,13 +48,14 @@ def find_islands(
         reference: what everything is measured against.
         rows: the table.
         joint: the gradient error of uniform BF16.
-        measure: the same with these layers, and what is between them, in FP32.
+        measure: the same with these layers, and what is between them, in FP32; of all layers with
+            what is between them alone.
     """
     own = {row.name: max(row.grad_error.mean, 0.0) for row in rows if row.option == BF16_O2}
     worst = sorted(own, key=lambda name: -own[name])[:MOST_TRIED]
     if joint < TOO_COARSE:
         return (), joint
-    producers = find_producers(reference, worst)
+    uniform, producers = joint, find_producers(reference, worst)
     outside = tuple(parameter.name for parameter in reference.spec.uncovered)
     found: list[Island] = []
     in_vain = 0
@@ -60,6 +65,7 @@ def find_islands(
         if names == outside:  # of layers in 16 bits the rows know the error
             rest = math.fsum(error for name, error in own.items() if name not in kept)
             is_vain = rest > joint / 2 or (in_vain > 0 and not found)
+        is_vain |= set(reference.spec.names).issubset([*kept, *names])  # no plan but FP32's has it
         if joint < TOO_COARSE or is_vain or not names or not set(kept).isdisjoint(names):
             continue
         error = measure([*kept, *names])
@@ -69,6 +75,10 @@ def find_islands(
             joint = error
         else:
             in_vain += names != outside
+    everything = (*reference.spec.names, *outside)
+    if joint >= FAR_TOO_COARSE and (error := measure(everything)) <= joint / 2:
+        found = [Island(names=everything, grad_error=uniform - error, is_outside=True)]
+        joint = error
     return tuple(found), joint
 
 

@@ -57,12 +57,13 @@ class JointMeter:
         uniform = self.reference.spec.bf16_options
 
         def with_fp32(names: Collection[str]) -> float:
-            options = {**uniform, **dict.fromkeys(tied_with(self.reference.spec, names), FP32)}
+            fp32 = () if uniform.keys() <= set(names) else tied_with(self.reference.spec, names)
+            options = {**uniform, **dict.fromkeys(fp32, FP32)}
             return self._measure(options, batches=ACTIVATION_BATCHES, fp32_outputs=names).mean
 
         islands, left = find_islands(self.reference, rows, joint.mean, with_fp32)
         self.fp32_outputs = tuple(name for island in islands for name in island.names)
-        inside = self.fp32_outputs
+        inside = {name for island in islands if not island.is_outside for name in island.names}
         bf16 = [row for row in rows if row.option == BF16_O2 and row.name not in inside]
         error = max(left - math.fsum(row.grad_error.mean for row in bf16), 0.0)
         return joint.model_copy(update={"mean": error}), islands

@@ -129,7 +129,7 @@ def _check_rest(plan: Plan, to: str, target: Target) -> None:
             "export to torchao or accelerate, or set it to false in the plan"
         )
     fp32 = [x.name for x in plan.layers if x.precision is Precision.FP32 and x.kind in GEMM_KINDS]
-    fp32 += [name for name in plan.fp32_outputs if name in plan.uncovered]
+    fp32 += [name for name in plan.fp32_outputs if name not in fp32]
     if fp32 and target.other_gemms:
         raise PlanMismatchError(
             f"{to} {target.other_gemms}, but the plan has {named(fp32)} in fp32; set "
