@@ -135,6 +135,26 @@ def test_a_head_that_a_fused_loss_uses_is_told_from_one_that_nothing_uses(is_tie
     assert "was not called" in str(spec.layer("adapter").refusal(Precision.FP8_O1))
 
 
+def test_a_layer_that_was_dropped_at_random_is_not_used_without_a_call() -> None:
+    class Dropped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(8))
+            self.head = nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x) if torch.rand(()) < 0.5 else x
+            out: Tensor = self.head(x)
+            return out
+
+    batches = [torch.ones(16, 16)] * 4
+    workload = workload_with(build_model=Dropped, train_batches=lambda seed: iter(batches))
+    spec = capture_model(Context(workload, CPU))
+    assert spec.uncalled
+    assert not any(layer.is_used_uncalled for layer in spec.layers)
+
+
 def test_dropout_is_seen_as_randomness_that_a_seed_repeats(tokens: ModelSpec) -> None:
     assert tokens.has_randomness
     assert tokens.is_deterministic

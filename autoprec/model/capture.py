@@ -125,7 +125,9 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
     every = {name: [*own, *scanned[name]] for name, own in calls.items()}
     mix, tokens = joined_over_ranks(workload, mix, every)
     optimizer = workload.build_optimizer(model)
-    # makes its state, whose size is asked for; hooks of its own at gradients see a backward
+    # makes its state, whose size is asked for; hooks of its own at gradients see a backward, and
+    # gradients are of the step that was seen, with its draws (layers dropped at random)
+    seed_generators(seed)
     Training(workload, model, optimizer).step(batches[:1])
     context.progress("capture", 3, 3)
     seen = ObservedStep(
