@@ -1,6 +1,7 @@
 """An operand that BF16 is too coarse for: an island in FP32, and not the whole model."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Collection, Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,9 @@ from autoprec.records import (
     FP32,
     Basis,
     Constraint,
+    Estimate,
     Island,
+    LayerSensitivity,
     ModelSpec,
     Plan,
     Precision,
@@ -28,7 +31,7 @@ from autoprec.records import (
 from autoprec.runtime import apply, install_options, undo
 from autoprec.search import build_plan, search_plan
 from autoprec.search.costs import make_costs
-from autoprec.sensitivity.islands import find_producers
+from autoprec.sensitivity.islands import find_islands, find_producers
 from autoprec.sensitivity.joint import JointMeter, tied_with
 from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.sensitivity.reference import Reference, prepare_reference
@@ -293,6 +296,24 @@ def test_a_proxy_says_it_of_the_models_parameters_outside_of_layers_too() -> Non
     assert carry_plan(plan, run.spec, run.sensitivity).fp32_outputs == ("moves",)
     plain = plan.model_copy(update={"fp32_outputs": ()})
     assert carry_plan(plain, run.spec, run.sensitivity).fp32_outputs == ()
+
+
+@pytest.mark.parametrize(("left", "names"), [(0.25, ("behind",)), (2.0, ("before", "behind"))])
+def test_an_island_is_without_its_producers_where_their_rows_tell_what_is_left(
+    run: Run, left: float, names: tuple[str, ...]
+) -> None:
+    own = {"first": 1e-6, "before": 5e-3, "behind": 1e-2, "head": 1e-6}
+    rows = [
+        LayerSensitivity(name=name, option=BF16_O2, grad_error=Estimate(mean=error))
+        for name, error in own.items()
+    ]
+
+    def measure(kept: Collection[str]) -> float:
+        alone = left * own["behind"] if "before" not in kept else 0.0
+        return alone + math.fsum(error for name, error in own.items() if name not in kept)
+
+    first, *_ = find_islands(run.reference, rows, 0.05, measure)[0]
+    assert first.names == names
 
 
 def test_producers_are_found_through_functions_and_not_through_other_layers(run: Run) -> None:

@@ -3,16 +3,16 @@
 A value that sits far from zero beside its spread (an offset of 16 and a spread of 0.2) keeps few
 bits of its spread in BF16. Layers in FP32 do not help as long as BF16 activations are between them,
 so the layer whose row is worst in BF16 and those that make its input go together, and their outputs
-stay FP32 up to the next layer. That is tried on uniform BF16 and kept if half of its error goes:
+stay FP32 up to the next layer. That is tried on uniform BF16 and kept if half of its error goes,
+without the producers where their own rows tell what is left then:
 
     extra = e(uniform BF16) - e(with the island in FP32) - the island's own rows
 
 is what a plan pays for having the island in 16 bits, beyond the rows of its layers.
 
 Parameters outside of layers (the transitions of a CRF, the poles of a state-space model) make code
-of the user's compute in BF16. They are tried together, first and once more with the islands that
-were found, where half of the error is none of the layers' rows; what they cost in FP32 is not
-known, so no plan has them in BF16 then.
+of the user's compute in BF16. They are tried together where the layers' rows leave an error to
+explain, and are FP32 in every plan if half of that goes: what they cost so is not known.
 
 The user's code can be too coarse between many layers at once (splines, a residual far from zero).
 Where what was found leaves much, FP32 between all layers is tried, which stay in BF16 themselves.
@@ -52,34 +52,49 @@ def find_islands(
             what is between them alone.
     """
     own = {row.name: max(row.grad_error.mean, 0.0) for row in rows if row.option == BF16_O2}
-    worst = sorted(own, key=lambda name: -own[name])[:MOST_TRIED]
-    if joint < TOO_COARSE:
-        return (), joint
-    uniform, producers = joint, find_producers(reference, worst)
     outside = tuple(parameter.name for parameter in reference.spec.uncovered)
     found: list[Island] = []
+    left, between = joint, joint - math.fsum(own.values())  # what no layer's row has
+    if outside and between >= TOO_COARSE and joint - (error := measure(outside)) >= between / 2:
+        found.append(Island(names=outside, grad_error=joint - error, is_outside=True))
+        left = error
+    left = _add_layers(reference, own, found, left, measure)
+    everything = (*reference.spec.names, *outside)
+    if left >= FAR_TOO_COARSE and (error := measure(everything)) <= left / 2:
+        found, left = [Island(names=everything, grad_error=joint - error, is_outside=True)], error
+    return tuple(found), left
+
+
+def _add_layers(
+    reference: Reference,
+    own: Mapping[str, float],
+    found: list[Island],
+    joint: float,
+    measure: Measure,
+) -> float:
+    """Add the islands of layers to those that were found; return the error that they leave."""
+    worst = sorted(own, key=lambda name: -own[name])[:MOST_TRIED]
+    producers = find_producers(reference, worst) if joint >= TOO_COARSE else {}
     in_vain = 0
-    for names in (outside, *((*producers.get(name, ()), name) for name in worst), outside):
-        kept = [name for island in found for name in island.names]
-        is_vain = in_vain == MOST_IN_VAIN
-        if names == outside:  # of layers in 16 bits the rows know the error
-            rest = math.fsum(error for name, error in own.items() if name not in kept)
-            is_vain = rest > joint / 2 or (in_vain > 0 and not found)
-        is_vain |= set(reference.spec.names).issubset([*kept, *names])  # no plan but FP32's has it
-        if joint < TOO_COARSE or is_vain or not names or not set(kept).isdisjoint(names):
+    for name in worst:
+        kept = [n for island in found for n in island.names]
+        names = (*producers.get(name, ()), name)
+        is_whole = set(reference.spec.names).issubset([*kept, *names])  # no plan but FP32's has it
+        if joint < TOO_COARSE or in_vain == MOST_IN_VAIN:
+            break
+        if is_whole or not set(kept).isdisjoint(names):
             continue
         error = measure([*kept, *names])
-        if error <= joint / 2:
-            extra = max(joint - error - sum(own.get(name, 0.0) for name in names), 0.0)
-            found.append(Island(names=names, grad_error=extra, is_outside=names == outside))
-            joint = error
-        else:
-            in_vain += names != outside
-    everything = (*reference.spec.names, *outside)
-    if joint >= FAR_TOO_COARSE and (error := measure(everything)) <= joint / 2:
-        found = [Island(names=everything, grad_error=uniform - error, is_outside=True)]
+        if error > joint / 2:
+            in_vain += 1
+            continue
+        rows_of_makers = math.fsum(own.get(maker, 0.0) for maker in names[:-1])
+        if len(names) > 1 and (alone := measure([*kept, name])) <= 2 * (error + rows_of_makers):
+            names, error = (name,), alone
+        extra = joint - error - sum(own.get(n, 0.0) for n in names)
+        found.append(Island(names=names, grad_error=max(extra, 0.0)))
         joint = error
-    return tuple(found), joint
+    return joint
 
 
 def find_producers(reference: Reference, names: Collection[str]) -> dict[str, tuple[str, ...]]:
