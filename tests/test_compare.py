@@ -77,7 +77,7 @@ def test_what_stays_fp32_beside_layers_is_a_decision() -> None:
     token, own = found.decisions
     assert (token.name, token.before, token.after) == ("class_token", "bf16_o2", "fp32")
     assert (own.name, own.before) == (norm.name, norm.option.key)
-    assert own.after == f"{norm.option.key} with its outputs"
+    assert own.after == f"{norm.option.key}, FP32 behind it"
 
 
 def test_slower_fp8_is_found_where_it_is_and_nowhere_else() -> None:

@@ -36,7 +36,7 @@ from autoprec.report.step_times import Speedup, plan_speedups, plan_steps, profi
 from autoprec.report.summary import plan_grad_error
 
 ABSENT = "absent"
-STAYS = " with its outputs"  # an FP32 layer behind which FP32 stays
+STAYS = ", FP32 behind it"  # up to the next layer
 ALPHA = 0.05  # the share of comparisons of equal runs that a table may show a difference in
 ROBUST_SIGMA = 1.4826  # a normal standard deviation over its median absolute deviation
 MAD_FREEDOM = 0.37  # degrees of freedom of that per value: its efficiency at a normal
