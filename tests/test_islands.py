@@ -316,6 +316,21 @@ def test_an_island_is_without_its_producers_where_their_rows_tell_what_is_left(
     assert first.names == names
 
 
+@pytest.mark.parametrize(("row", "is_found"), [(1.5e-3, True), (2.7e-3, False)])
+def test_fp32_between_layers_is_for_what_no_row_knows(run: Run, row: float, is_found: bool) -> None:
+    names, joint = run.spec.names, 0.011
+    rows = [
+        LayerSensitivity(name=name, option=BF16_O2, grad_error=Estimate(mean=row)) for name in names
+    ]
+
+    def measure(kept: Collection[str]) -> float:
+        return row * len(names) if set(kept) == set(names) else joint
+
+    islands, left = find_islands(run.reference, rows, joint, measure)
+    assert [island.names for island in islands] == [names] * is_found
+    assert left == pytest.approx(row * len(names) if is_found else joint)
+
+
 def test_producers_are_found_through_functions_and_not_through_other_layers(run: Run) -> None:
     found = find_producers(run.reference, ["first", "behind", "head"])
     assert found == {"first": (), "behind": ("before",), "head": ("behind",)}

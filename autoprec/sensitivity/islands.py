@@ -15,7 +15,8 @@ of the user's compute in BF16. They are tried together where the layers' rows le
 explain, and are FP32 in every plan if half of that goes: what they cost so is not known.
 
 The user's code can be too coarse between many layers at once (splines, a residual far from zero).
-Where what was found leaves much, FP32 between all layers is tried, which stay in BF16 themselves.
+Where islands leave much that no row knows, FP32 between all layers is tried, which stay in BF16
+themselves, and kept if half of that goes.
 """
 
 import math
@@ -31,7 +32,7 @@ from autoprec.sensitivity.reference import Reference
 from autoprec.workload.functions import tensors_in
 
 TOO_COARSE = 1e-3  # of uniform BF16; networks without an offset have 1e-6 to 2e-4
-FAR_TOO_COARSE = 4e-3  # after that; as much as most budgets: FP32 between all layers costs time
+FAR_TOO_COARSE = 4e-3  # left of it beyond rows; a usual budget: FP32 between all layers costs time
 MOST_TRIED = 4  # islands, one joint measurement each
 MOST_IN_VAIN = 2  # of them: where kinks make BF16 coarse there are none
 MOST_PRODUCERS = 4  # more of them is a residual stream, whose sums no island keeps in FP32
@@ -60,8 +61,13 @@ def find_islands(
         left = error
     left = _add_layers(reference, own, found, left, measure)
     everything = (*reference.spec.names, *outside)
-    if left >= FAR_TOO_COARSE and (error := measure(everything)) <= left / 2:
-        found, left = [Island(names=everything, grad_error=joint - error, is_outside=True)], error
+    kept = {name for island in found for name in island.names}
+    between = left - math.fsum(own[name] for name in own.keys() - kept)
+    if between >= FAR_TOO_COARSE:
+        error = measure(everything)
+        if error - math.fsum(own.values()) <= between / 2:
+            extra = max(joint - error, 0.0)
+            return (Island(names=everything, grad_error=extra, is_outside=True),), error
     return tuple(found), left
 
 
