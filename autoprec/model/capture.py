@@ -117,18 +117,14 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
     if find_moving(workload, model, batches[0], before):
         model = workload.build_model(seed=seed).to(device)
     layers = model_layers(model)  # only after a step: lazy modules have no parameters before it
-    # the second step repeats the first, seed and all: other gradients are the device's own doing
-    again = partial(run_step, context, model, batches[0])
+    again = partial(run_step, context, model, batches[0])  # seed and all: changes are the device's
     second, calls, products, saved = run_seen(again, model, batches[0], layers)
     context.progress("capture", 2, 3)
     mix, scanned = scan_shapes(layers, lambda batch: workload.loss_fn(model, batch), batches)
     every = {name: [*own, *scanned[name]] for name, own in calls.items()}
     mix, tokens = joined_over_ranks(workload, mix, every)
     optimizer = workload.build_optimizer(model)
-    # makes its state, whose size is asked for; hooks of its own at gradients see a backward, and
-    # gradients are of the step that was seen, with its draws (layers dropped at random)
-    seed_generators(seed)
-    Training(workload, model, optimizer).step(batches[:1])
+    _make_state(Training(workload, model, optimizer), batches[0], seed=seed)
     context.progress("capture", 3, 3)
     seen = ObservedStep(
         model,
@@ -148,6 +144,15 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
         batch_bytes=sum(p.nbytes for x in tensors_in(batches[0]) for p in plain_parts(x)),
     )
     return make_spec(seen, workload)
+
+
+def _make_state(training: Training, batch: Batch, *, seed: int) -> None:
+    """Step once for the optimizer's state, whose size is asked for, and so that its hooks see it.
+
+    Gradients are of the step that was seen, with its draws: layers may be dropped at random.
+    """
+    seed_generators(seed)
+    training.step([batch])
 
 
 def run_seen(

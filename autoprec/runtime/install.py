@@ -131,12 +131,10 @@ def install_options(
     Args:
         model: its layers that `options` does not name stay as they are.
         options: by layer name.
-        activation_dtype: between layers; default BF16 if any option is 16-bit or FP8, and not all
-            layers are in `fp32_outputs`, else FP32.
+        activation_dtype: between layers; default FP32 if all are or `fp32_outputs` has all of them.
         root: whether `model` is what the training step calls: its floating outputs become FP32,
             unless all its parameters are BF16 and no plan's.
-        uncovered: names of parameters outside of layers, to be stored in the activation dtype, or
-            in FP32 if `fp32_outputs` has them.
+        uncovered: parameters outside of layers, stored in that dtype, in FP32 by `fp32_outputs`.
         layers: what `find_layers(model)` returns, where it is known.
         fp32_outputs: layers whose outputs stay FP32 up to the next layer, if they are FP32.
 
@@ -153,8 +151,9 @@ def install_options(
     is_low_between = has_16_bit and not kept.issuperset(options)
     activation_dtype = activation_dtype or (torch.bfloat16 if is_low_between else torch.float32)
     storage = _plan_storage(layers, options)
-    outside = {True: torch.float32, False: activation_dtype}
-    storage |= {model.get_parameter(name): (name, outside[name in kept]) for name in uncovered}
+    for name in uncovered:
+        dtype = torch.float32 if name in kept else activation_dtype
+        storage[model.get_parameter(name)] = name, dtype
     own = (kept, followers_of(model), came_in_bf16)
     installed = Installed(model, dict(options), activation_dtype, *own)
     try:

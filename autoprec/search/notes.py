@@ -12,7 +12,9 @@ from autoprec.model.roles import Role, role_of
 from autoprec.predict import Parallel, parse_parallel
 from autoprec.predict.memory import memory_note
 from autoprec.predict.parallel import unsplit_note
+from autoprec.predict.transfer import sensitivity_basis
 from autoprec.records import BF16_O2, FP32, Basis, LayerKind, Option, Precision, Profile, Search
+from autoprec.records.sensitivity import Sensitivity
 from autoprec.search.costs import Costs, Price, is_all_fp32, nearest_plan
 from autoprec.search.problem import NEAR_TIE, Options, Problem, is_faster
 
@@ -347,6 +349,21 @@ def _no_option_note(profile: Profile) -> str:
         return ""
     first, *others = (f"{percent(share)} of the weights ({kind})" for kind, share in large)
     return f"no FP8 option yet for {first}{''.join(f' and {other}' for other in others)}"
+
+
+def outside_note(sensitivity: Sensitivity, options: Options) -> list[str]:
+    """Return what stays FP32 beside a plan's layers, and the error that says so; else nothing."""
+    if is_all_fp32(options) or not sensitivity.fp32_outside:
+        return []
+    error = sum(island.grad_error for island in sensitivity.islands if island.is_outside)
+    where, untimed = "what is computed between layers", ""
+    if not sensitivity.is_fp32_between:
+        where = f"{first_and_more(sensitivity.fp32_outside)}, outside of layers"
+        untimed = "; what the code around it then takes is in no predicted time"
+    return [
+        f"BF16 O2 is too coarse for {where}: alone it has gradient error {percent(error)} "
+        f"({sensitivity_basis(sensitivity)}), so that is FP32 here{untimed}"
+    ]
 
 
 def _followers_note(profile: Profile, options: Options) -> str:

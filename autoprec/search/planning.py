@@ -1,6 +1,5 @@
 """A point of the search -> the plan: every layer with its numbers and its reason."""
 
-from autoprec.common.text import first_and_more, percent
 from autoprec.predict import parse_parallel
 from autoprec.predict.parallel import gathers_fp8
 from autoprec.predict.transfer import sensitivity_basis
@@ -17,7 +16,7 @@ from autoprec.records.plan import (
 )
 from autoprec.records.sensitivity import Sensitivity
 from autoprec.search.costs import Costs, is_all_fp32, make_costs, nearest_plan
-from autoprec.search.notes import plan_notes
+from autoprec.search.notes import outside_note, plan_notes
 from autoprec.search.problem import Options, make_problem
 from autoprec.search.reasons import Why, reasons
 from autoprec.sensitivity.gap import expected_gap
@@ -56,7 +55,7 @@ def build_plan(
         followers=() if is_all_fp32(options) else profile.model.followers,
         notes=(
             *plan_notes(profile, problem, search, options),
-            *_outside_note(sensitivity, options),
+            *outside_note(sensitivity, options),
             *search.notes,
             *(() if basis is Basis.MEASURED else sensitivity.notes),
         ),
@@ -71,20 +70,6 @@ def _fp32_outputs(costs: Costs, options: Options, sensitivity: Sensitivity) -> t
     inside = sorted({index for at, _ in costs.islands for index in at})
     layers = (costs.layers[i].name for i in inside if options[i] == FP32)
     return (*layers, *sensitivity.fp32_outside)
-
-
-def _outside_note(sensitivity: Sensitivity, options: Options) -> list[str]:
-    if is_all_fp32(options) or not sensitivity.fp32_outside:
-        return []
-    error = sum(island.grad_error for island in sensitivity.islands if island.is_outside)
-    where, untimed = "what is computed between layers", ""
-    if not sensitivity.is_fp32_between:
-        where = f"{first_and_more(sensitivity.fp32_outside)}, outside of layers"
-        untimed = "; what the code around it then takes is in no predicted time"
-    return [
-        f"BF16 O2 is too coarse for {where}: "
-        f"alone it has gradient error {percent(error)}, so that is FP32 here{untimed}"
-    ]
 
 
 def _joint_error(point: FrontPoint, basis: Basis) -> tuple[float | None, Basis]:

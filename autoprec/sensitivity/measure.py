@@ -47,9 +47,7 @@ def measure_sensitivity(
     checked, activation_error, islands = _measure_table(reference, cells, method)
     table = checked.table
     statistics = with_shares(reference, table.rows, table.statistics)
-    # the early one has parameters outside of layers in BF16, whatever was found of them since
-    alike = () if any(island.is_outside for island in islands) else checked.joint
-    by_step = (*reference.early, *_error_now(reference, alike))
+    by_step = (*reference.early, *_error_now(reference, checked.joint, islands))
     batch_effect, floor = None, _measure_floor(reference)
     if run_tokens is not None and by_step:
         batch_effect = measure_batch_effect(reference, fp8_everywhere(spec), tokens=run_tokens)
@@ -92,8 +90,14 @@ def _measure_table(
     return check_table(meter, table, outside=outside), activation_error, islands
 
 
-def _error_now(reference: Reference, joint: Sequence[JointMeasurement]) -> tuple[StepError, ...]:
-    """Return the error of FP8 wherever it goes, from the table's check where that measured it."""
+def _error_now(
+    reference: Reference, joint: Sequence[JointMeasurement], islands: Sequence[Island]
+) -> tuple[StepError, ...]:
+    """Return the error of FP8 wherever it goes, from the table's check where that measured it.
+
+    As the early one, with BF16 outside of layers, whatever was found of that since.
+    """
+    joint = () if any(island.is_outside for island in islands) else joint
     step, plan = len(reference.loss_curve), tuple(fp8_everywhere(reference.spec).values())
     known = next((found.grad_error for found in joint if found.options == plan), None)
     return (
