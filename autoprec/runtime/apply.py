@@ -84,11 +84,7 @@ def apply(
         >>> model.weight.dtype, model(torch.ones(2, 16)).dtype
         (torch.bfloat16, torch.float32)
     """
-    if not isinstance(model, nn.Module):
-        raise PlanMismatchError(
-            f"a plan is for a torch.nn.Module, but this is a {type(model).__name__}; call "
-            "autoprec.apply(plan, model, optimizer) with the module that is trained"
-        )
+    _check_module(model)
     whole_again(inner := unwrapped(model))
     device = next((parameter.device for parameter in inner.parameters()), torch.device("cpu"))
     plan, installed = _install_on_all_ranks(plan, inner, optimizer, device, group)
@@ -192,6 +188,14 @@ def plain_view(model: nn.Module, exact: Mapping[nn.Parameter, Tensor]) -> nn.Mod
                 if getattr(hook, "__module__", "").startswith("autoprec."):
                     del hooks[key]
     return view
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise PlanMismatchError(
+            f"a plan is for a torch.nn.Module, but this is a {type(model).__name__}; call "
+            "autoprec.apply(plan, model, optimizer) with the module that is trained"
+        )
 
 
 def _install_on_all_ranks(
