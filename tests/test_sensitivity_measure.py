@@ -500,6 +500,33 @@ class Spectral(nn.Module):
         return F.mse_loss(self.second(F.gelu(mixed)), x[:, 16:])
 
 
+class Leaky(nn.Module):
+    """A neuron that keeps its voltage from call to call, and the graph behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beta = nn.Parameter(torch.full((32,), 0.9))
+        self.voltage: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.voltage = x if self.voltage is None else self.beta * self.voltage + x
+        return torch.tanh(self.voltage)
+
+
+class Spiking(nn.Module):
+    """A network that resets its neurons at the start of each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.neuron, self.last = nn.Linear(32, 32), Leaky(), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.neuron.voltage = None
+        for _ in range(3):
+            y = self.last(self.neuron(self.first(x)))
+        return F.mse_loss(y.float(), x)
+
+
 def _of_inputs(build_model: Callable[[], nn.Module]) -> Workload:
     """Return a workload of a model that makes its loss of 32 inputs itself."""
     return changed(
@@ -540,6 +567,7 @@ UNLIKE: dict[str, Callable[[], Workload]] = {  # networks that are no plain chai
     "complex": partial(_of_inputs, Spectral),
     "a cache": partial(_of_inputs, HandedOn),
     "a state": partial(_of_inputs, Stateful),
+    "a layer with a state": partial(_of_inputs, Spiking),
     "sparse and double": _sparse_and_double,
 }
 

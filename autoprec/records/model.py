@@ -403,6 +403,10 @@ class ModelSpec(FileRecord):
         """The parameters that nobody trains and that training writes into."""
         return tuple(p.name for p in self.parameters() if p.name in self.moving)
 
+    def writes_into(self, layer: str) -> bool:
+        """Whether training writes into a layer beside its trained weights: a state it keeps."""
+        return any(name.startswith(f"{layer}.") for name in self.moving)
+
     def parameters(self) -> Iterator[ParameterSpec]:
         """Yield every parameter once, covered or not; tied ones once."""
         for layer in self.layers:

@@ -75,6 +75,8 @@ from autoprec.sensitivity.replay import (
 
 CHANNELS_SECOND = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
+BF16_PARTS = (BF16_OUTPUT, BF16_GRAD_INPUT)
+
 SomeTensors = Sequence[Tensor | None]  # None where no gradient came back
 
 
@@ -318,13 +320,13 @@ def _products_of_layer(
             probed.statistics += linear.statistics(name)
     else:
         try:
+            if step.reference.spec.writes_into(name):  # alone, it would go on from its last state
+                raise OtherwiseAloneError
             local = replayed_errors(run, [back(call) for call in calls], norm, seed=seed)
-            errors = local.parameter_errors
-            products = _products(run, calls, after, local.errors)
+            products, errors = _products(run, calls, after, local.errors), local.parameter_errors
         except OtherwiseAloneError:
             probed.unseen.add(name)
-            errors = {(): 0.0}
-            products = {BF16_OUTPUT: torch.zeros(1), BF16_GRAD_INPUT: torch.zeros(1)}
+            errors, products = {(): 0.0}, dict.fromkeys(BF16_PARTS, torch.zeros(1))
     if is_first:
         probed.parameter_errors[name] = errors
     return products
