@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Iterator
+from copy import copy
 from types import SimpleNamespace
 
 import pytest
@@ -209,6 +210,20 @@ def test_a_kept_layer_of_an_island_is_respected(run: Run) -> None:
 
 def test_without_an_offset_there_is_no_island() -> None:
     assert Run(workload_of(0.0)).sensitivity.islands == ()
+
+
+def test_an_island_whose_rows_tell_all_is_no_reason(run: Run) -> None:
+    (island,) = run.sensitivity.islands
+    coarse = LayerSensitivity(name="", option=BF16_O2, grad_error=Estimate(mean=0.5))
+    kept = {(name, BF16_O2) for name in island.names}
+    rows = [row for row in run.sensitivity.rows if (row.name, row.option) not in kept]
+    rows += [coarse.model_copy(update={"name": name}) for name in island.names]
+    found = {"rows": rows, "islands": (island.model_copy(update={"grad_error": 0.0}),)}
+    other = copy(run)
+    other.sensitivity = run.sensitivity.model_copy(update=found)
+    behind = next(layer for layer in other.plan().layers if layer.name == "behind")
+    assert behind.option == FP32
+    assert "alone is over the budget (error 50 %" in behind.reason
 
 
 def test_parameters_outside_of_layers_stay_fp32_where_bf16_is_too_coarse() -> None:

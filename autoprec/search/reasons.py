@@ -189,9 +189,9 @@ def _why_not_16_bit(why: Why, index: int) -> str:
 
 
 def _island(why: Why, index: int) -> str:
-    """Say that BF16 is too coarse between a layer and others; "" of a layer in no FP32 island."""
+    """Say that BF16 is too coarse between a layer and others; "" where rows tell all of it."""
     for at, error in why.costs.islands:
-        if index in at and is_all_fp32([why.options[i] for i in at]):
+        if error > 0.0 and index in at and is_all_fp32([why.options[i] for i in at]):
             others = [why.costs.layers[i].name for i in at if i != index]
             beside = f" and {', '.join(others)}" if others else ""
             names = {why.costs.layers[i].name for i in at}
