@@ -27,7 +27,7 @@ from autoprec.records import (
     fp8_option,
 )
 from autoprec.sensitivity import doubts, tables
-from autoprec.sensitivity.check import bf16_within, check_table
+from autoprec.sensitivity.check import bf16_within, check_table, measure_bf16
 from autoprec.sensitivity.choices import kept_choices, recorded_choices
 from autoprec.sensitivity.doubts import guessed_cells
 from autoprec.sensitivity.joint import JointMeter
@@ -570,6 +570,16 @@ def test_the_table_is_checked_both_ways_and_says_what_stays_outside() -> None:
         broken = {cell: (1e3 * r, 1e3 * probed) for cell, (r, probed) in pairs.items()}
         for other in (replace(tested, tested=broken), replace(tested, exact=frozenset(cells))):
             assert check_table(meter, other, outside=0.0).sentence == ""
+
+
+def test_bf16_rows_are_measured_where_guesses_would_take_layers_their_bf16() -> None:
+    reference = prepared(nn.SiLU)
+    exact = make_table(reference, list_cells(reference.spec, []), Method.LAYERWISE)
+    guesses = tuple(r.model_copy(update={"grad_error": Estimate(mean=1.0)}) for r in exact.rows)
+    table = Table(Method.SIGN_CODED, guesses, ())
+    assert measure_bf16(reference, table, Estimate(mean=1e-4)) == table  # not worth a pass
+    assert measure_bf16(reference, table, Estimate(mean=3.0)) == table  # they add up
+    assert measure_bf16(reference, table, Estimate(mean=0.01)).errors == exact.errors
 
 
 def test_bf16_rows_add_up_to_no_more_than_twice_their_joint_error() -> None:

@@ -16,8 +16,10 @@ from dataclasses import dataclass, replace
 
 from autoprec.records import BF16_O2, Estimate, JointMeasurement
 from autoprec.sensitivity.doubts import forward_casts, is_whole, on_their_own
+from autoprec.sensitivity.islands import TOO_COARSE
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.local import Cell
+from autoprec.sensitivity.reference import Reference
 from autoprec.sensitivity.tables import SPREAD, Method, Table, multiplied, refine_table
 
 MOST = 2.0  # sum over joint measurement, or the other way; beyond, rows are measured
@@ -62,17 +64,31 @@ def check_table(meter: JointMeter, table: Table, *, outside: float) -> Checked:
     return Checked(table, (found,), sentence)
 
 
+def measure_bf16(reference: Reference, table: Table, joint: Estimate) -> Table:
+    """Return a table whose largest BF16 rows are measured one by one where they are in doubt.
+
+    That is where their sum is too high for a joint error which may cost layers their BF16: which
+    layers these are, guesses that `bf16_within` cuts to one size do not say.
+    """
+    own, summed = _bf16_rows(table)
+    if joint.mean < TOO_COARSE or table.method is Method.LAYERWISE or summed <= MOST * joint.mean:
+        return table
+    left = sorted(own.keys() - set(table.refined), key=lambda cell: -own[cell])
+    batches = len(reference.batches) if len(left) * len(reference.batches) <= CHECKED_PASSES else 1
+    found = refine_table(reference, table, left[:CHECKED_PASSES], batches=batches)
+    return replace(found, tested=table.tested)  # how far BF16's are off says nothing of FP8's
+
+
 def bf16_within(table: Table, joint: Estimate) -> Table:
     """Return a table whose BF16 rows add up to no more than MOST times their joint error.
 
     What kinks and choices add to errors as small as BF16's the probes guess from larger ones. So
     the largest rows are cut to one size, at which the sum is the joint error.
     """
-    own = {r.cell: r.grad_error.mean for r in table.rows if r.option == BF16_O2}
-    summed, overlap = _summed(list(own), table)
-    if table.method is Method.LAYERWISE or summed - overlap <= MOST * joint.mean:
+    own, counted = _bf16_rows(table)
+    if table.method is Method.LAYERWISE or counted <= MOST * joint.mean:
         return table
-    cut, left = math.inf, joint.mean * summed / (summed - overlap)
+    cut, left = math.inf, joint.mean * math.fsum(own.values()) / counted
     for place, value in enumerate(sorted(own.values())):
         cut = left / (len(own) - place)
         if value >= cut:
@@ -81,6 +97,13 @@ def bf16_within(table: Table, joint: Estimate) -> Table:
     high = {cell for cell, value in own.items() if value > cut} - set(table.refined)
     rows = (multiplied(r, cut / own[r.cell]) if r.cell in high else r for r in table.rows)
     return replace(table, rows=tuple(rows))
+
+
+def _bf16_rows(table: Table) -> tuple[dict[Cell, float], float]:
+    """Return the error of each layer in BF16, and of all."""
+    own = {row.cell: row.grad_error.mean for row in table.rows if row.option == BF16_O2}
+    summed, overlap = _summed(list(own), table)
+    return own, summed - overlap
 
 
 def _summed(cells: Sequence[Cell], table: Table) -> tuple[float, float]:

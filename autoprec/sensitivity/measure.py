@@ -18,7 +18,7 @@ from autoprec.records.sensitivity import (
     between_layers,
 )
 from autoprec.sensitivity.batching import measure_batch_effect
-from autoprec.sensitivity.check import Checked, bf16_within, check_table
+from autoprec.sensitivity.check import Checked, bf16_within, check_table, measure_bf16
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.local import Cell, list_cells
 from autoprec.sensitivity.reference import DIVERGED, Reference, fp8_everywhere
@@ -84,7 +84,7 @@ def _measure_table(
     """Measure the table and what plans pay beside it, and check their sum."""
     table, meter = make_table(reference, cells, method), JointMeter(reference)
     uniform = meter.measure_uniform()
-    table = bf16_within(table, uniform)
+    table = bf16_within(measure_bf16(reference, table, uniform), uniform)
     activation_error, islands = meter.measure_activations(table.rows, uniform)
     outside = between_layers(activation_error, islands)
     return check_table(meter, table, outside=outside), activation_error, islands
