@@ -1,5 +1,7 @@
 """What is said while a command works: stages, what they are at, and what they wait for."""
 
+import sys
+
 import pytest
 from rich.progress import Progress as Bars
 
@@ -124,3 +126,11 @@ def test_a_line_in_a_pipe_is_one_line_however_long(capsys: pytest.CaptureFixture
     with drawn_progress() as show:
         show(label.strip(), 0, 3)
     assert capsys.readouterr().err == f"{label.strip()} ...\n"
+
+
+def test_what_the_users_code_prints_is_no_result(capsys: pytest.CaptureFixture[str]) -> None:
+    with drawn_progress():
+        sys.stdout.write("number of parameters: 10.65M\n")
+    sys.stdout.write("{}\n")
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("{}\n", "number of parameters: 10.65M\n")

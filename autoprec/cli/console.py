@@ -4,10 +4,11 @@ A thread looks once a second at what the process is at, so that a layer that tak
 `train_batches` that waits for a network, is not silent.
 """
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 from rich.console import Console
 from rich.progress import (
@@ -28,7 +29,10 @@ Clock = Callable[[], float]
 
 @contextmanager
 def drawn_progress() -> Iterator[Progress]:
-    """Draw the bar of what is at work on stderr, with the time left; in a pipe, lines."""
+    """Draw the bar of what is at work on stderr, with the time left; in a pipe, lines.
+
+    What the user's code prints goes there, too: stdout is for results.
+    """
     console = Console(stderr=True)
 
     def write(line: str) -> None:
@@ -36,7 +40,7 @@ def drawn_progress() -> Iterator[Progress]:
 
     if not console.is_terminal:
         lines = Lines(write)
-        with _beating(lines.beat):
+        with _beating(lines.beat), redirect_stdout(sys.stderr):
             yield lines
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())

@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
@@ -297,7 +298,8 @@ def plan_check(
     """Check a plan's file; with --model also that it fits, and that what runs is what it says."""
     from autoprec.tuning.plan_check import check_plan
 
-    checked = check_plan(plan, model=model, target=target)
+    with redirect_stdout(sys.stderr):  # what the model's code prints is no result
+        checked = check_plan(plan, model=model, target=target)
     _finish(checked, as_json=as_json, good=checked.is_good)
 
 

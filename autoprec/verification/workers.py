@@ -20,6 +20,7 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -206,6 +207,7 @@ def _own_processes(count: int) -> Iterator[ProcessPoolExecutor]:
 
 def _end_with_parent() -> None:
     """End this process when the one that started it ends, however that is."""
+    sys.stdout = sys.stderr  # the parent's is for results, not for what the user's code prints
     parent = multiprocessing.parent_process()
 
     def wait() -> None:
