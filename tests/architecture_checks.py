@@ -19,9 +19,8 @@ import autoprec
 from autoprec.errors import PlanMismatchError, WorkloadError
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
-from autoprec.model.layers import type_name
+from autoprec.model.layers import comes_from_plan, type_name
 from autoprec.records import BF16_O2, FP32, ModelSpec, Option, Plan
-from autoprec.runtime.classes import is_made_here
 from autoprec.runtime.masters import ON_MODEL
 from autoprec.workload.functions import Batch, Workload
 from tests.plans import plan_for
@@ -189,7 +188,7 @@ def _check_undo(
     plain = workload.build_model(seed=seed + 1).train()
     names = [type_name(module) for module in plain.modules()]
     _check([type_name(m) for m in model.modules()] == names, "undo left other classes")
-    _check(not any(is_made_here(type(m)) for m in model.modules()), "undo left our classes")
+    _check(not any(comes_from_plan(type(m)) for m in model.modules()), "undo left our classes")
     _check(all(ON_MODEL not in vars(m) for m in model.modules()), "undo left its attribute")
     wrong = [n for n, p in model.named_parameters() if not torch.equal(p, masters[n])]
     _check(not wrong, f"undo left other weights than the masters: {', '.join(wrong)}")

@@ -22,8 +22,8 @@ import autoprec
 from autoprec.common.files import PARTIAL
 from autoprec.errors import AutoprecError, RecordError
 from autoprec.guard import Limits
+from autoprec.model.layers import comes_from_plan
 from autoprec.records import BF16_O2, Gemm, Option, Plan, Recipe, fp8_option
-from autoprec.runtime.classes import is_made_here
 from tests.models import Mlp
 from tests.plans import plan_for
 from tests.ranks import exit_code_of
@@ -186,7 +186,7 @@ def test_a_plan_edited_to_the_wrong_layer_is_refused_by_name_and_changes_nothing
         assert now is parameter
         assert now.dtype is dtype
         assert torch.equal(now, value)
-    assert not any(is_made_here(type(module)) for module in model.modules())
+    assert not any(comes_from_plan(type(module)) for module in model.modules())
     assert not optimizer._optimizer_step_pre_hooks
 
 

@@ -41,6 +41,7 @@ from autoprec.errors import DeviceError
 from autoprec.guard import Guard, Limits
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
+from autoprec.model.layers import comes_from_plan
 from autoprec.model.recording import Call
 from autoprec.predict import load_device_profile
 from autoprec.predict.gemm import Kernel, gemm_us
@@ -60,7 +61,6 @@ from autoprec.records import (
 )
 from autoprec.records.devices import ConstantKind
 from autoprec.runtime import attach_optimizer
-from autoprec.runtime.classes import is_made_here
 from autoprec.runtime.masters import CLOSE_LOOKS
 from tests.models import Mlp, mlp_workload
 from tests.plans import plan_for
@@ -198,7 +198,7 @@ def test_a_plan_is_applied_guarded_and_undone_on_cuda(device: torch.device, fp8:
     assert not guard.in_bf16
     autoprec.undo(model, optimizer)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert not any(is_made_here(type(module)) for module in model.modules())
+    assert not any(comes_from_plan(type(module)) for module in model.modules())
     assert all(map(torch.isfinite, torch.tensor(train(model, optimizer, device))))
 
 

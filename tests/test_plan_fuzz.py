@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 import autoprec
 from autoprec.common.files import MAX_RECORD_BYTES
 from autoprec.errors import AutoprecError, RecordError
+from autoprec.model.layers import comes_from_plan
 from autoprec.records import FP32, Phase, Plan, PredictedStep, Recipe, fp8_option
 from autoprec.records.base import MAX_VALUES
-from autoprec.runtime.classes import is_made_here
 from tests.examples import examples
 from tests.models import Mlp
 from tests.plans import plan_for
@@ -151,7 +151,7 @@ def check_applying(plan: Plan) -> None:
         now is p and now.dtype is dtype and torch.equal(now, data)
         for now, (p, data, dtype) in zip(model.parameters(), before, strict=True)
     )
-    assert not any(is_made_here(type(module)) for module in model.modules())
+    assert not any(comes_from_plan(type(module)) for module in model.modules())
     assert not optimizer._optimizer_step_pre_hooks
 
 

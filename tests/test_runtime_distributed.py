@@ -23,9 +23,9 @@ from torch.distributed.tensor import DTensor
 
 import autoprec
 from autoprec.errors import AutoprecError, PlanMismatchError, RecordError
+from autoprec.model.layers import comes_from_plan
 from autoprec.records import BF16_O2, FP32, Option, Phase, Plan, Recipe, fp8_option
 from autoprec.runtime import attach_optimizer
-from autoprec.runtime.classes import is_made_here
 from autoprec.runtime.layouts import sources_of
 from autoprec.runtime.ranks import Answer, check_answers
 from tests.models import BATCH, WIDTH, Mlp, mlp_workload
@@ -128,7 +128,7 @@ class Wider(Mlp):
 def _untouched(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
     return (
         {p.dtype for p in model.parameters()} == {torch.float32}
-        and not any(is_made_here(type(module)) for module in model.modules())
+        and not any(comes_from_plan(type(module)) for module in model.modules())
         and not optimizer._optimizer_step_pre_hooks
     )
 

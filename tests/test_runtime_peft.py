@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import autoprec
+from autoprec.model.layers import comes_from_plan
 from autoprec.records import BF16_O2, Option, Recipe, fp8_option
 from autoprec.runtime import check_applied
-from autoprec.runtime.classes import is_made_here
 from autoprec.runtime.masters import masters_of
 from tests.plans import plan_for
 
@@ -154,7 +154,7 @@ def test_a_merged_model_computes_what_the_adapted_one_does(order: str, merges: s
         merged = tuned.model.merge_and_unload()
         autoprec.undo(tuned.inner, tuned.optimizer)
     assert {p.dtype for p in merged.parameters()} == {torch.float32}
-    assert not any(is_made_here(type(module)) for module in merged.modules())
+    assert not any(comes_from_plan(type(module)) for module in merged.modules())
     tolerance = 1e-5 if merges == "after undo" else 0.08
     assert is_close(merged(input_ids=TOKENS).logits.detach(), expected, tolerance)
 

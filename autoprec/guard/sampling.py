@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from autoprec.device.ranks import local_part
+from autoprec.model.kinds import is_transposed
 from autoprec.workload.written import is_compiled
 
 OPERANDS = ("input", "weight", "grad_output")
@@ -44,6 +45,7 @@ class Sampler:
 
     def __init__(self, model: nn.Module, layers: Mapping[str, Any]) -> None:  # Any: FP8 layers
         self.layers = layers
+        self.transposed = {name for name, layer in layers.items() if is_transposed(layer)}
         self.hooks_stay = is_compiled(model)
         self._handles: list[RemovableHandle] = []
         self._seen = {
@@ -84,7 +86,8 @@ class Sampler:
         """Return [layers, operands, 2] shares in the order of `layers`, 0 where not seen."""
         for name, layer in self.layers.items():
             if layer.fp8_active:
-                _keep_worst(self._seen[name][1], layer.weight, *_cast(layer, "weight"))
+                weight_NK = layer.weight.t() if name in self.transposed else layer.weight
+                _keep_worst(self._seen[name][1], weight_NK, *_cast(layer, "weight"))
         return torch.stack([seen.to(device) for seen in self._seen.values()])
 
 

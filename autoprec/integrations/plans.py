@@ -9,12 +9,11 @@ from torch.optim import Optimizer
 
 from autoprec.errors import PlanMismatchError
 from autoprec.guard import Guard
-from autoprec.model.layers import unwrapped
+from autoprec.model.layers import own_class, unwrapped
 from autoprec.records import Plan
 from autoprec.runtime import apply, attach_optimizer
 from autoprec.runtime.activations import cast_floating
 from autoprec.runtime.attach import check_optimizer
-from autoprec.runtime.classes import own_class
 from autoprec.runtime.finite import leave_first_step
 from autoprec.runtime.fit import check_fit, without_autocast
 from autoprec.runtime.install import is_all_bf16

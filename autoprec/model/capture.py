@@ -29,11 +29,10 @@ from autoprec.device.ranks import (
 )
 from autoprec.errors import CaptureError, WorkloadError
 from autoprec.model.context import Context
+from autoprec.model.kinds import is_linear, layer_kind, linear_refusal, matrix_sizes, weight_of
 from autoprec.model.layers import (
     ModelLayers,
     float64_refusal,
-    layer_kind,
-    linear_refusal,
     model_layers,
     type_name,
     wide_dims,
@@ -296,11 +295,11 @@ def _layer_spec(name: str, seen: ObservedStep, *, names: dict[int, str]) -> Laye
     in_step = [call for call in calls if call.with_grad]
     trained, forward = _counted(calls)
     tokens, gemm, obstacle = _tokens(name, seen) if in_step else [], None, ""
-    if isinstance(layer, nn.Linear) and tokens:
+    if kind is LayerKind.LINEAR and tokens:
         K, N = computed_features(seen.model, layer)
         gemm = GemmShape(M=tokens[-1], K=K, N=N)
         obstacle = _uneven(layer, gemm)
-    is_used_uncalled = isinstance(layer, nn.Linear) and not calls and _has_gradient(layer, seen)
+    is_used_uncalled = kind is LayerKind.LINEAR and not calls and _has_gradient(layer, seen)
     obstacle = USED_UNCALLED if is_used_uncalled else obstacle
     if kind is LayerKind.LINEAR and calls and not in_step:
         obstacle = WITHOUT_GRAD
@@ -337,16 +336,17 @@ def _layer_spec(name: str, seen: ObservedStep, *, names: dict[int, str]) -> Laye
     return spec.model_copy(update={"heads": attention_heads(seen.model, spec)})
 
 
-def _uneven(layer: nn.Linear, gemm: GemmShape) -> str:
+def _uneven(layer: nn.Module, gemm: GemmShape) -> str:
     """Return why FP8 is out where this rank's part of a divided weight alone could take it."""
-    whole = shape_refusal(layer.in_features, layer.out_features)
+    N, K = matrix_sizes(layer)
+    whole = shape_refusal(K, N)
     fits = not shape_refusal(gemm.K, gemm.N)
     return f"{NO_PLAIN_WEIGHT}divided into unequal parts: {whole}" if whole and fits else ""
 
 
 def _tokens(name: str, seen: ObservedStep) -> list[int]:
     """Return every M of a linear's calls, those of other ranks and batches among them."""
-    if not isinstance(seen.layers.modules[name], nn.Linear):
+    if not is_linear(seen.layers.modules[name]):
         return []
     own = all_tokens([*seen.calls[name], *seen.scanned.get(name, ())])
     return seen.tokens[name] if own and seen.tokens else own
@@ -369,18 +369,19 @@ def _counted(calls: Sequence[Call]) -> tuple[tuple[CallSpec, ...], tuple[CallSpe
     return trained, forward
 
 
-def _has_gradient(layer: nn.Linear, seen: ObservedStep) -> bool:
+def _has_gradient(layer: nn.Module, seen: ObservedStep) -> bool:
     """Return whether the step gave a linear's weight a gradient that no tied embedding explains.
 
     An embedding's gradient has a row for each token that was looked up, a head's one for each
     class. Where a batch holds as many tokens as there are classes, nothing can be told.
     """
-    gradient = layer.weight.grad if seen.has_gradients else None
+    weight = weight_of(layer)
+    gradient = weight.grad if seen.has_gradients else None
     others = [
         call
         for name, calls in seen.calls.items()
         for call in calls
-        if call.with_grad and any(p is layer.weight for p in seen.layers.modules[name].parameters())
+        if call.with_grad and any(p is weight for p in seen.layers.modules[name].parameters())
     ]
     if gradient is None or not others:
         return gradient is not None

@@ -9,17 +9,7 @@ from torch._dynamo import OptimizedModule
 from torch.nn.utils import parametrize
 
 from autoprec.common.text import first_and_more, short_digest
-from autoprec.model.options import NO_PLAIN_WEIGHT
-from autoprec.records import LayerKind
 
-KINDS: tuple[tuple[tuple[type[nn.Module], ...], LayerKind], ...] = (
-    ((nn.MultiheadAttention,), LayerKind.ATTENTION),
-    ((nn.Linear,), LayerKind.LINEAR),
-    ((nn.modules.conv._ConvNd,), LayerKind.CONV),
-    ((nn.Embedding, nn.EmbeddingBag), LayerKind.EMBEDDING),
-    ((nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase), LayerKind.NORM),
-    ((nn.RNNBase, nn.RNNCellBase), LayerKind.RECURRENT),
-)
 PARAMETER_LISTS = (nn.ParameterList, nn.ParameterDict)  # no layers, but parts of their module
 WRAPPER_NAMES = ("_orig_mod", "_checkpoint_wrapped_module")  # of torch.compile and checkpointing
 
@@ -80,30 +70,6 @@ def layer_named(model: nn.Module, name: str) -> nn.Module:
     return found
 
 
-def layer_kind(module: nn.Module) -> LayerKind:
-    """Return the kind of a layer: by its class, else by its class's name."""
-    by_name = LayerKind.NORM if type(module).__name__.endswith("Norm") else LayerKind.OTHER
-    return next((kind for types, kind in KINDS if isinstance(module, types)), by_name)
-
-
-def linear_refusal(module: nn.Module, cls: type[nn.Module] | None = None) -> str:
-    """Return the reason that keeps a module out of FP8 whatever its shape, or an empty string.
-
-    torchao computes what `nn.Linear.forward` does with a plain weight, and nothing else. `cls` is
-    the class that counts when it is not the module's present one. Sizes are `options.py`'s matter.
-    """
-    cls = cls or type(module)
-    if not issubclass(cls, nn.Linear):
-        return f"{cls.__name__} is no nn.Linear, and FP8 is for nn.Linear"
-    if parametrize.is_parametrized(module):
-        return f"{NO_PLAIN_WEIGHT}parametrized, and torchao casts plain weights only"
-    if "weight" not in module._parameters:
-        return f"{NO_PLAIN_WEIGHT}made anew before each call (pruned, normed); FP8 takes plain ones"
-    if cls.forward is not nn.Linear.forward:
-        return f"{cls.__name__} has its own forward, which FP8 would replace"
-    return ""
-
-
 def wide_dims(parameter: Tensor) -> int:
     """Return how many dimensions are wider than 1; `squeeze` would gather some of a DTensor's.
 
@@ -124,6 +90,19 @@ def own_type(module: nn.Module) -> type[nn.Module]:
     cls = type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
     # fully_shard makes a class of (FSDPModule, own)
     return cls.__bases__[1] if cls.__bases__[0].__name__ == "FSDPModule" else cls
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """Return the module's class without what a plan made of it."""
+    cls = type(module)
+    while comes_from_plan(cls):
+        cls = vars(cls)["autoprec_base"]
+    return cls
+
+
+def comes_from_plan(cls: type[nn.Module]) -> bool:
+    """Whether a class comes from a plan (`runtime/classes.py`)."""
+    return "autoprec_base" in vars(cls)
 
 
 def float64_refusal(model: nn.Module) -> str:

@@ -10,7 +10,7 @@ tokens of their own), or nothing.
 import copy
 from dataclasses import dataclass, replace
 from types import CellType, FunctionType
-from typing import Any, cast
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from autoprec.common.text import first_and_more
 from autoprec.device.ranks import local_part, placed_like, sharded_tensor
 from autoprec.errors import WorkloadError
+from autoprec.model.kinds import is_linear, matrix_sizes
 from autoprec.model.layers import own_type
 
 MARKS = ("_is_fsdp_managed_module", "_fsdp_use_orig_params", "__composable_api_state_key")
@@ -109,7 +110,7 @@ def local_copy(
     dtypes = [parameter.dtype for parameter in layer.parameters()]  # a policy gathers in another
     for module in gathering:
         module.unshard()
-    split = _split_of(layer) if isinstance(layer, nn.Linear) else WHOLE
+    split = _split_of(layer) if is_linear(layer) else WHOLE
     memo: Memo = {}
     for parameter, dtype in zip(layer.parameters(), dtypes, strict=True):
         data = local_part(parameter.detach()).to(dtype, copy=True)
@@ -211,7 +212,7 @@ def whole_copy(model: nn.Module) -> nn.Module:
     return _plain_copy(model, memo).to("cpu")
 
 
-def _split_of(layer: nn.Linear) -> Split:
+def _split_of(layer: nn.Module) -> Split:
     """Return how tensor parallelism divides a linear whose weight FSDP has gathered."""
     weight: Any = layer.weight  # Any: a DTensor where ranks divide it
     if not isinstance(weight, sharded_tensor()):
@@ -228,15 +229,16 @@ def _split_of(layer: nn.Linear) -> Split:
     return Split(mesh, "NK"[weight.placements[dims[0]].dim] if dims else "", sizes)
 
 
-def computed_features(model: nn.Module, layer: nn.Linear) -> tuple[int, int]:
+def computed_features(model: nn.Module, layer: nn.Module) -> tuple[int, int]:
     """Return the inputs and outputs of a linear that this rank multiplies; on all ranks."""
     gathering = _gathering(model, layer)
     for module in gathering:
         module.reshard()  # what FSDP has gathered says nothing of its own mesh
     weight: Any = layer.weight  # Any: a DTensor where the layer is divided
     if is_divided(layer) and (weight.device_mesh.ndim > 1 or not gathering):
-        layer = cast("nn.Linear", local_copy(model, layer)[0])  # what tensor parallelism leaves
-    return layer.in_features, layer.out_features
+        layer, _ = local_copy(model, layer)  # what tensor parallelism leaves
+    N, K = matrix_sizes(layer)
+    return K, N
 
 
 def _gathering(model: nn.Module, layer: nn.Module) -> list[Any]:  # Any: FSDPModule, if imported

@@ -11,7 +11,7 @@ FP8 has three GEMMs per linear layer, with M tokens, K in- and N out-features:
 grad_weight runs in FP8: a layer called with any other M can keep that GEMM in BF16 instead.
 The CPU kernel is not so strict, but a plan made on a CPU must mean the same on a GPU.
 
-What a module's class has to do with it is `layers.linear_refusal`.
+What a module's class has to do with it is `kinds.linear_refusal`.
 
 Some of the three GEMMs in BF16 trade time for accuracy: the one that hurts runs in BF16, the others
 stay in FP8. That is an option worth having only where it still beats plain BF16; whether a cheaper

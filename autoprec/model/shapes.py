@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from autoprec.device.ranks import gathered, local_part
 from autoprec.errors import CaptureError
+from autoprec.model.kinds import is_linear
 from autoprec.model.layers import ModelLayers
 from autoprec.model.options import CONVERTED
 from autoprec.model.recording import Call, Gradients, recorded_calls
@@ -89,7 +90,7 @@ def scan_shapes(
             forward(batches[shapes.index(shape)])
         for name, own in calls.items():
             scanned[name] += own
-        linears = (c for name, c in calls.items() if isinstance(layers.modules[name], nn.Linear))
+        linears = (c for name, c in calls.items() if is_linear(layers.modules[name]))
         mix[max((m for found in linears for m in all_tokens(found)), default=0)] += count
     for _ in range(max(map(len, every)) - len(counts)):
         with torch.no_grad():

@@ -23,7 +23,6 @@ from autoprec.records.devices import DeviceProfile
 from autoprec.records.model import BF16_O2, FP32, fp8_option, with_gemms_hp
 
 logger = logging.getLogger(__name__)
-PLAIN_LINEAR = "torch.nn.modules.linear.Linear"
 BOUNDARY_BYTES = 12  # FP32 to BF16 and back: 4 + 2 in the forward, 2 + 4 in the backward
 OUTSIDE_BYTES = 8  # parameter, gradient, master: 2 + 2 + 4 in BF16, 4 + 4 in FP32
 STATE_BYTES = 4  # an optimizer state is FP32
@@ -115,7 +114,7 @@ def _obstacle(layer: LayerSpec) -> str:
     captured = layer.refusal(Precision.FP8_O1) or ""
     if layer.kind is not LayerKind.LINEAR or layer.gemm is None or not layer.calls:
         return captured or "FP8 is for nn.Linear layers that the step calls"
-    if layer.type_name != PLAIN_LINEAR and not any(option.is_fp8 for option in layer.options):
+    if not layer.is_torchs_linear and not any(option.is_fp8 for option in layer.options):
         return captured or f"{layer.type_name} is no plain nn.Linear"
     if captured in ON_ANY_DEVICE or captured.startswith(NO_PLAIN_WEIGHT):
         return captured

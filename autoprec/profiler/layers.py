@@ -24,7 +24,6 @@ from itertools import cycle
 from typing import TypeVar
 
 import torch
-from torch import nn
 
 from autoprec.common.text import first_line
 from autoprec.device.local import release_memory
@@ -43,6 +42,7 @@ from autoprec.device.timing import (
 )
 from autoprec.device.tracing import Operation
 from autoprec.errors import DeviceError
+from autoprec.model.kinds import is_linear
 from autoprec.model.recording import Call
 from autoprec.profiler.candidates import (
     WORTH_TIMING,
@@ -327,7 +327,7 @@ def part_functions(candidate: Candidate) -> dict[str, Function]:
     Backward of other layers is run as training runs it: torch 2.13's GroupNorm ends the process
     where a channels-last input's weight alone wants a gradient.
     """
-    if not isinstance(candidate.layer, nn.Linear):
+    if not is_linear(candidate.layer):
         return {}
     functions: dict[str, Function] = {Gemm.OUTPUT: candidate.forward}
     if candidate.inputs:

@@ -252,6 +252,11 @@ class LayerSpec(Record):
     forward_calls: tuple[CallSpec, ...] = ()
 
     @property
+    def is_torchs_linear(self) -> bool:
+        """Whether it is an `nn.Linear` itself, and not what computes the same."""
+        return self.type_name == "torch.nn.modules.linear.Linear"
+
+    @property
     def calls_per_step(self) -> int:
         """How often the layer runs in one step with a gradient."""
         return sum(call.count for call in self.calls)
@@ -265,8 +270,9 @@ class LayerSpec(Record):
         )
         gemm, shapes = self.gemm, [p.shape for p in self.parameters if len(p.shape) == 2]
         if self.kind is LayerKind.LINEAR and gemm is None and shapes:
-            rows = max(math.prod(x.shape[:-1]) for call in calls for x in call.inputs[:1])
-            gemm = GemmShape(M=max(rows, 1), K=shapes[0][1], N=shapes[0][0])
+            inputs = [x.shape for call in calls for x in call.inputs[:1]]
+            rows, K = max(math.prod(shape[:-1]) for shape in inputs), inputs[0][-1]
+            gemm = GemmShape(M=max(rows, 1), K=K, N=math.prod(shapes[0]) // K)
         own = {"calls": calls, "forward_calls": (), "is_frozen": True, "gemm": gemm}
         return self.model_copy(update=own)
 

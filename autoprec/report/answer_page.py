@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from autoprec.records import Basis, Precision, Verdict
+from autoprec.records import Basis, Verdict
 from autoprec.report import formats
 from autoprec.report.answer import Advice
 from autoprec.report.summary import Summary, apply_line
@@ -107,8 +107,8 @@ def next_lines(found: Summary, out: Path | str | None) -> Iterator[Line]:
 
 def _apply_lines(found: Summary, out: Path | str | None) -> Iterator[Line]:
     yield from _beware_lines(found)
-    plan = shlex.quote((Path(out or ".") / "plan.json").as_posix())
-    run = f"autoprec run --plan {plan} {found.run.script or 'TRAIN.py'}"
+    path = shlex.quote((Path(out or ".") / "plan.json").as_posix())
+    run = f"autoprec run --plan {path} {found.run.script or 'TRAIN.py'}"
     if found.run.script:
         yield Line("train with it, the script as it is:")
         yield Line(f"  {run}", "bold", is_whole=True)
@@ -119,8 +119,11 @@ def _apply_lines(found: Summary, out: Path | str | None) -> Iterator[Line]:
     if found.compile_advice:
         yield Line("  model.compile()", "bold", is_whole=True)
     yield Line(f"as it is:  {run}", is_whole=True)
-    if found.run.plan and found.run.plan.count(Precision.FP8_O1):  # an export is of FP8
-        export = f"autoprec plan export {plan} --to torchao"  # which can say every plan
+    plan, profile = found.run.plan, found.run.profile
+    in_fp8 = {layer.name for layer in plan.layers if layer.option.is_fp8} if plan else set()
+    specs = [x for x in profile.model.layers if x.name in in_fp8] if profile else []
+    if specs and all(spec.is_torchs_linear for spec in specs):  # others convert no more
+        export = f"autoprec plan export {path} --to torchao"  # which can say every plan
         yield Line(f"elsewhere: {export}", is_whole=True)
 
 

@@ -56,14 +56,18 @@ def layer_class(
     output_dtype: torch.dtype,
     alone_dtype: torch.dtype | None = None,
     keeps_weights: bool = False,
+    is_transposed: bool = False,
 ) -> ModuleClass:
     """Return `base` as a layer with `option`, among activations of a dtype, outputs of another.
 
     Called outside of the model's forward it gives `alone_dtype`, unless that is None. One that
-    `keeps_weights` has them in FP32, and runs under an autocast to the option's dtype.
+    `keeps_weights` has them in FP32, and runs under an autocast to the option's dtype. FP8 takes
+    weights as [N, K], and `is_transposed` ones.
     """
-    settings = (base, option, activation_dtype, output_dtype, alone_dtype, keeps_weights)
-    cast_forward = _cast_forward(*settings)
+    dtypes = activation_dtype, output_dtype, alone_dtype
+    settings = (base, option, *dtypes, keeps_weights, is_transposed)
+    forward = _fp8_forward(base, is_transposed) if option.is_fp8 else base.forward
+    cast_forward = _cast_forward(forward, base, option, *dtypes, keeps_weights)
 
     def extra_repr(self: nn.Module) -> str:
         return ", ".join(filter(None, (base.extra_repr(self), option.key)))
@@ -80,11 +84,13 @@ def layer_class(
         template = torchao_linear.from_float(smallest, float8_config(option))
         body |= {"config": template.config, "linear_mm_config": template.linear_mm_config}
         body["scaling_type_input"] = property(_refuse_fp8_styles)
-        bases = (torchao_linear,) if base is nn.Linear else (base, torchao_linear)
+        if issubclass(base, nn.Linear):  # what is none stays none, for adapters that ask
+            bases = (torchao_linear,) if base is nn.Linear else (base, torchao_linear)
     return _subclass(layer_class, settings, bases, body)
 
 
 def _cast_forward(
+    forward: Callable[..., Any],
     base: ModuleClass,
     option: Option,
     activation_dtype: torch.dtype,
@@ -93,7 +99,7 @@ def _cast_forward(
     keeps_weights: bool,
 ) -> Callable[..., Any]:
     """Return a layer's forward: inputs cast, the base's own or torchao's, outputs cast."""
-    forward, dtype = _fp8_forward() if option.is_fp8 else base.forward, option_dtype(option)
+    dtype = option_dtype(option)
     forward, dtype = _under_autocast(forward, dtype) if keeps_weights else (forward, dtype)
     # torch.nn's own operands agree once inputs are cast; a parametrization is code of somebody's
     is_own = base.__module__.startswith("torch.nn.modules.")
@@ -293,32 +299,36 @@ def _new_module(maker: Callable[..., ModuleClass], settings: tuple[Any, ...]) ->
     return module
 
 
-def _fp8_forward() -> Callable[..., Any]:
-    """Return torchao's forward, with BF16 where FP8 is switched off or has nothing to do.
+def _fp8_forward(base: ModuleClass, is_transposed: bool) -> Callable[..., Any]:
+    """Return torchao's forward, with the base's where FP8 is switched off or has nothing to do.
 
     A last batch whose M is no multiple of 16 gets rows of zeros, which change no scale and no
     gradient, because grad_weight's inner dimension is M. An input that is not contiguous (a
     transposed image) is made a matrix first: torchao cannot reshape an FP8 one that has row scales.
     """
-    torchao_forward = import_torchao().float8_linear.Float8Linear.forward
+    multiply = import_torchao().float8_linear.matmul_with_hp_or_float8_args.apply
 
     def scaled(module: Any, matrix: Tensor) -> Tensor:
+        bias = getattr(module, "bias", None)
         # The mode off: operands agree, and torchao calls torch often. dynamo follows it at no cost.
         off = torch._C.DisableTorchFunction
         with contextlib.nullcontext() if torch.compiler.is_compiling() else off():
-            output: Tensor = torchao_forward(module, matrix)
-        if module.bias is None:  # a view that torch lets nobody change in place, so no view
+            weight_KN = module.weight if is_transposed else module.weight.t()
+            output: Tensor = multiply(matrix, weight_KN, module.linear_mm_config, module.config)
+            output = output if bias is None else output + bias.to(output.dtype)
+        if bias is None:  # a view that torch lets nobody change in place, so no view
             output = torch.ops.aten._unsafe_view(output, output.shape)
         return output
 
-    def forward(module: Any, input: Any) -> Tensor:  # noqa: A002  # nn.Linear's own name
+    def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+        (input,) = (*args, *kwargs.values())  # noqa: A001  # whatever its name is
         if input.is_nested:  # jagged: the rows of all sequences are one matrix
             output = forward(module, input.values())
             lengths = input._maybe_min_seqlen, input._maybe_max_seqlen  # or they are computed again
             where = input.offsets(), input.lengths(), input._ragged_idx
             return torch.nested.nested_tensor_from_jagged(output, *where, *lengths)
         if not module.fp8_active or input.numel() == 0:
-            return F.linear(input, module.weight, module.bias)
+            return base.forward(module, input)
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
             # there torchao cannot reshape row scales at all, and dynamo cannot follow the question
             with torch.inference_mode(False), torch.no_grad():
@@ -353,19 +363,6 @@ def autocast_off() -> Iterator[None]:
         yield
 
 
-def own_class(module: nn.Module) -> ModuleClass:
-    """Return the module's class without what this module made of it."""
-    cls = type(module)
-    while is_made_here(cls):
-        cls = vars(cls)["autoprec_base"]
-    return cls
-
-
 def keeps_weights(module: nn.Module) -> bool:
     """Whether a layer has FP32 weights, which other code writes into, and 16-bit products."""
     return bool(getattr(type(module), "autoprec_keeps_weights", False))
-
-
-def is_made_here(cls: ModuleClass) -> bool:
-    """Whether a class comes from this module."""
-    return "autoprec_base" in vars(cls)

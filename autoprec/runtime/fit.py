@@ -17,16 +17,15 @@ from torch._dynamo import OptimizedModule
 from autoprec.common.text import first_and_more, one_line
 from autoprec.device.ranks import sharded_tensor
 from autoprec.errors import PlanMismatchError, RecordError
+from autoprec.model.kinds import layer_kind, linear_refusal, matrix_sizes
 from autoprec.model.layers import (
     ModelLayers,
+    comes_from_plan,
     float64_refusal,
-    layer_kind,
-    linear_refusal,
     model_layers,
 )
 from autoprec.model.options import shape_refusal
 from autoprec.records import BF16_O2, Assignment, Basis, Constraint, Fingerprint, Option, Plan
-from autoprec.runtime.classes import is_made_here, own_class
 from autoprec.runtime.masters import ON_MODEL, masters_of
 
 MOST_LISTED = 8  # differences that an error spells out
@@ -51,7 +50,7 @@ def check_untouched(model: nn.Module, found: ModelLayers) -> None:
     """Check that nothing else has changed or wrapped the model (PlanMismatchError)."""
     parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel, *_fsdp_classes()[:1])
     for module in (*_around(model), *model.modules()):
-        if ON_MODEL in vars(module) or is_made_here(type(module)):
+        if ON_MODEL in vars(module) or comes_from_plan(type(module)):
             raise PlanMismatchError(
                 "a model takes one plan at a time, but one is applied to this model already; call "
                 "autoprec.undo(model, optimizer) first"
@@ -112,7 +111,7 @@ def check_removable(model: nn.Module) -> None:
                 f"{name or 'this model'!r} is sharded over ranks; save its state (the optimizer's "
                 "has the FP32 masters) and load that into a model without a plan"
             )
-        if not is_made_here(cls) and any(is_made_here(base) for base in cls.__mro__[1:]):
+        if not comes_from_plan(cls) and any(comes_from_plan(base) for base in cls.__mro__[1:]):
             raise PlanMismatchError(
                 f"a module must keep the class that the plan gave it, but {name!r} is now a "
                 f"{cls.__name__}; undo first what was applied after the plan"
@@ -189,10 +188,10 @@ def _fsdp_classes() -> tuple[type, ...]:
 
 def fp8_refusal(layer: nn.Module) -> str:
     """Return the reason that no device can run a layer in FP8, or an empty string."""
-    reason = linear_refusal(layer, own_class(layer))
-    if reason or not isinstance(layer, nn.Linear):
+    if reason := linear_refusal(layer):
         return reason
-    return shape_refusal(layer.in_features, layer.out_features)
+    N, K = matrix_sizes(layer)
+    return shape_refusal(K, N)
 
 
 def uniform_plan(

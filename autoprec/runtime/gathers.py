@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_map_only
 from autoprec.common.text import first_and_more
 from autoprec.device.torchao import import_torchao
 from autoprec.errors import PlanMismatchError
+from autoprec.model.kinds import is_transposed
 from autoprec.model.layers import layer_named
 from autoprec.records import Option, Recipe
 from autoprec.runtime.shards import change_shard, fsdp_modules, gathers_of, plain_shards
@@ -138,6 +139,7 @@ def _refusal(
         f"{option.recipe} scales": option.recipe is not Recipe.TENSORWISE,
         f"{', '.join(option.gemms_hp)} in BF16": option.gemms_hp,
         "its weight is shared": owners[weight] > 1,
+        "its weight is stored transposed": is_transposed(layer),
         f"its weight is a {type(weight).__name__}": type(weight) is not nn.Parameter
         and weight not in shards,
     }

@@ -34,15 +34,14 @@ from autoprec.common.text import first_and_more
 from autoprec.device.fp8 import fp8_support
 from autoprec.device.ranks import local_part, sharded_tensor
 from autoprec.errors import PlanMismatchError
-from autoprec.model.layers import find_layers
+from autoprec.model.kinds import is_transposed
+from autoprec.model.layers import comes_from_plan, find_layers, own_class
 from autoprec.model.state import buffer_dtypes, put_back_dtypes
 from autoprec.records import APPLICABLE_RECIPES, Option
 from autoprec.runtime.activations import CASTABLE, option_dtype
 from autoprec.runtime.classes import (
     container_class,
-    is_made_here,
     layer_class,
-    own_class,
     put_around_own_forward,
     take_off_own_forward,
 )
@@ -88,7 +87,7 @@ class Installed(AbstractContextManager["Installed"]):
     def undo(self) -> None:
         """Take everything out again; parameters that nobody changed get their exact values back."""
         for module, _ in self.classes:
-            if not is_made_here(type(module)):
+            if not comes_from_plan(type(module)):
                 raise PlanMismatchError(
                     f"a module must keep the class that the plan gave it, but one is now a "
                     f"{type(module).__name__}; undo first what was applied after the plan"
@@ -99,7 +98,7 @@ class Installed(AbstractContextManager["Installed"]):
             take_off_own_forward(module)
         if self.masters is None:  # nested in another installation, which keeps its own marks
             for module, cls in self.classes:
-                if not is_made_here(cls):
+                if not comes_from_plan(cls):
                     vars(module).pop("fp8_active", None)
         else:
             self.masters.values.clear()
@@ -359,12 +358,14 @@ def _install_layer(
     alone: torch.dtype | None,
 ) -> None:
     own, dtype = option_dtype(option), installed.activation_dtype
-    is_plain = not (installed.came_in_bf16 or is_made_here(type(layer)))
+    is_plain = not (installed.came_in_bf16 or comes_from_plan(type(layer)))
     if own is torch.float32 is dtype and is_plain:
         return  # nothing to cast: an FP32 layer among FP32 activations is left alone
     keeps = own is torch.float32 and name in installed.fp32_outputs
     follows = own is not torch.float32 and not installed.followers.isdisjoint(layer.parameters())
-    cls = layer_class(own_class(layer), option, dtype, own if keeps else dtype, alone, follows)
+    turned = option.is_fp8 and is_transposed(layer)
+    output_dtype = own if keeps else dtype
+    cls = layer_class(own_class(layer), option, dtype, output_dtype, alone, follows, turned)
     installed.set_class(layer, cls)
     if option.is_fp8:
         vars(layer)["fp8_active"] = True  # on the instance: torch.compile guards on it there

@@ -35,11 +35,19 @@ from torch.nn.utils.parametrize import ParametrizationList
 from autoprec.device.random_state import random_state_kept
 from autoprec.device.tracing import OperationTracer
 from autoprec.errors import PlanMismatchError
-from autoprec.model.layers import find_layers, model_layers, unwrapped, wide_dims
+from autoprec.model.kinds import is_linear, matrix_sizes
+from autoprec.model.layers import (
+    comes_from_plan,
+    find_layers,
+    model_layers,
+    own_class,
+    unwrapped,
+    wide_dims,
+)
 from autoprec.model.state import kept_state, put_back_state
 from autoprec.records import Check, Gemm, Option
 from autoprec.runtime.activations import CASTABLE, option_dtype
-from autoprec.runtime.classes import is_made_here, keeps_weights, own_class
+from autoprec.runtime.classes import keeps_weights
 from autoprec.runtime.finite import forget_step
 from autoprec.runtime.gathers import ON_LAYER, GatheredInFp8, gathered_dtype
 from autoprec.runtime.install import KEEPS_FP32_PARAMETERS
@@ -209,7 +217,7 @@ def _present_name(planned: str, layers: Mapping[str, nn.Module], called: Set[str
     if planned in layers:
         return planned
     inside = [name for name in layers if name.startswith(f"{planned}.")]
-    ours = [name for name in inside if is_made_here(type(layers[name]))]
+    ours = [name for name in inside if comes_from_plan(type(layers[name]))]
     running = [name for name in ours if name in called] or ours  # PEFT keeps copies of a layer
     return running[0] if len(running) == 1 else None
 
@@ -251,6 +259,7 @@ class _LayerRecorder:
         self.layers = layers
         self.traces = {name: LayerTrace() for name in (*layers, *loose)}
         # In forward, with the first node of each; a parametrization (None) belongs to no layer.
+        self.sizes = {n: matrix_sizes(layer) for n, layer in layers.items() if is_linear(layer)}
         self.running: list[tuple[str | None, int]] = []
         self.nodes: list[tuple[int, int, str | None]] = []  # numbers from, to (excluded), layer
         self.owners = {
@@ -309,18 +318,22 @@ class _LayerRecorder:
             counts = "functional"
         if owner is not None:
             is_backward = counts == "backward"
-            name = _backward_name(seen, packet, args, self.layers[owner]) if is_backward else seen
+            name = (
+                _backward_name(seen, packet, args, self.sizes.get(owner)) if is_backward else seen
+            )
             getattr(self.traces[owner], counts)[name] += 1
 
 
-def _backward_name(seen: str, packet: Any, args: tuple[Any, ...], layer: nn.Module) -> str:
+def _backward_name(
+    seen: str, packet: Any, args: tuple[Any, ...], sizes: tuple[int, int] | None
+) -> str:
     """Return the name with the GEMM of a linear's backward that it was, by its result's shape."""
-    if packet not in GEMMS or not isinstance(layer, nn.Linear):
+    if packet not in GEMMS or sizes is None:
         return seen
     first, second = (args[position] for position in OPERANDS[packet])
     rows, columns = first.shape[-2], second.shape[-1]
     tokens = first.shape[-1]  # the inner dimension of grad_weight, N of grad_input
-    N, K = layer.out_features, layer.in_features
+    N, K = sizes
     if {rows, columns} == {N, K} and tokens not in (N, K):
         return f"{Gemm.GRAD_WEIGHT} {seen}"
     if columns == K and tokens == N and rows not in (N, K):

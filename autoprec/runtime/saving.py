@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoprec.model.layers import unwrapped
+from autoprec.model.layers import comes_from_plan, unwrapped
 from autoprec.runtime.apply import plain_view
-from autoprec.runtime.classes import is_made_here
 from autoprec.runtime.masters import LIVE, masters_of
 from autoprec.runtime.shards import fsdp_modules
 from autoprec.runtime.state_dicts import exact_parameters
@@ -77,7 +76,7 @@ class Files:
         return value
 
     def _saved_model(self, model: nn.Module) -> nn.Module:
-        is_planned = any(is_made_here(type(module)) for module in model.modules())
+        is_planned = any(comes_from_plan(type(module)) for module in model.modules())
         is_whole = unwrapped(model, parallel=True) is model and not fsdp_modules(model)
         if not is_planned or not is_whole:
             return model

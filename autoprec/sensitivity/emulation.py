@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autoprec.model.kinds import bias_of, weight_matrix
 from autoprec.records import Gemm, Operand, Option
 from autoprec.sensitivity.casts import Cast, Sides, gemm_casts, round_bf16
 from autoprec.sensitivity.linear import Matrix
@@ -30,7 +31,7 @@ class Emulation:
 
 @contextmanager
 def emulated_layer(
-    layer: nn.Linear,
+    layer: nn.Module,
     option: Option,
     *,
     in_range: Operand | None = None,
@@ -46,8 +47,9 @@ def emulated_layer(
     """
     how = Emulation(gemm_casts(option), in_range, without_mean, chunk)
 
-    def forward(x: Tensor) -> Tensor:
-        return _EmulatedLinear.apply(x, layer.weight, layer.bias, how)  # type: ignore[no-untyped-call,no-any-return]  # torch's
+    def forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
+        (x,) = (*args, *kwargs.values())
+        return _EmulatedLinear.apply(x, weight_matrix(layer), bias_of(layer), how)  # type: ignore[no-untyped-call,no-any-return]  # torch's
 
     vars(layer)["forward"] = forward
     try:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoprec.device.ranks import local_part
+from autoprec.model.kinds import bias_of, is_transposed, matrix_sizes, weight_matrix, weight_of
 from autoprec.model.local_copy import WHOLE, Split
 from autoprec.model.recording import Call
 from autoprec.records import Gemm, Operand, OperandStatistics, Option
@@ -120,7 +121,7 @@ class Linear:
 
     def __init__(
         self,
-        layer: nn.Linear,
+        layer: nn.Module,
         calls: Sequence[Call],
         options: Sequence[Option],
         *,
@@ -133,12 +134,12 @@ class Linear:
         Of a linear that ranks divide, `layer` is this rank's part and `split` says which.
         """
         self.split = split.seen_in(floating_inputs(calls[0])[0]) if calls else split
-        width = layer.in_features + layer.out_features
-        rows = max(chunk // width // COUNTED_ROWS, 1) * COUNTED_ROWS
+        rows = max(chunk // sum(matrix_sizes(layer)) // COUNTED_ROWS, 1) * COUNTED_ROWS
         self.layer, self.options = layer, options
         # taken now: inside `in_bf16` the layer has others
-        self.weight_NK = layer.weight.detach().float()
-        self.bias_N = None if layer.bias is None else layer.bias.detach().float()
+        bias = bias_of(layer)
+        self.weight_NK = weight_matrix(layer).detach().float()
+        self.bias_N = None if bias is None else bias.detach().float()
         self.weight = Matrix(self.weight_NK, rows, "NK", self.split)
         pairs = zip(_operands(layer, calls), _operands(layer, moved or calls), strict=True)
         self.calls = [
@@ -166,7 +167,7 @@ class Linear:
 
         `norm` takes errors of whole parameters. A bias's gradient is BF16 in all of them.
         """
-        weight, bias = self.layer.weight, self.layer.bias
+        weight, bias = weight_of(self.layer), bias_of(self.layer)
         sides = dict.fromkeys(map(staying_casts, self.options))
         of_bias = 0.0
         if bias is not None and bias.requires_grad:
@@ -178,14 +179,14 @@ class Linear:
         for pair in found:
             # cast minus exact, in place: both are of the weight's size
             error = self._grad_weight(pair).sub_(exact)
-            found[pair] += norm({weight: self.split.whole(error, "NK")})
+            error = self.split.whole(error, "NK")
+            found[pair] += norm({weight: error.t() if is_transposed(self.layer) else error})
         return found
 
     def _bf16_products(self) -> dict[Component, Tensor]:
         """Return v, Dy and c, Dgx of the layer in BF16, from its replay against plain FP32."""
         layer, weight_NK, bias_N = self.layer, self.weight_NK, self.bias_N
-        output = weight_NK.new_zeros(layer.out_features)
-        grad_input = weight_NK.new_zeros(layer.in_features)
+        output, grad_input = map(weight_NK.new_zeros, weight_NK.shape)
         with in_bf16(layer), torch.enable_grad():
             for call in self.calls:
                 for rows in call.x.chunks():
@@ -256,7 +257,7 @@ class Linear:
         return total
 
     def _bias_error(self) -> Tensor:
-        error = self.weight_NK.new_zeros(self.layer.out_features)
+        error: Tensor = self.weight_NK.new_zeros(len(self.weight_NK))
         for call in self.calls:
             rounded = sum(round_bf16(call.g.exact[rows]).sum(0) for rows in call.g.chunks())
             exact = sum(call.g.exact[rows].sum(0) for rows in call.g.chunks())
@@ -366,12 +367,13 @@ def _group_axis(component: Component) -> str:
     return "K" if component.operand is Operand.INPUT else "N"
 
 
-def _operands(layer: nn.Linear, calls: Sequence[Call]) -> list[tuple[Tensor, Tensor]]:
+def _operands(layer: nn.Module, calls: Sequence[Call]) -> list[tuple[Tensor, Tensor]]:
     """Return x_MK and grad_MN of each call that a gradient came back to."""
+    N, K = matrix_sizes(layer)
     return [
         (
-            local_part(floating_inputs(call)[0]).float().reshape(-1, layer.in_features),
-            local_part(call.gradients[0]).float().reshape(-1, layer.out_features),
+            local_part(floating_inputs(call)[0]).float().reshape(-1, K),
+            local_part(call.gradients[0]).float().reshape(-1, N),
         )
         for call in calls
         if call.gradients[0] is not None

@@ -44,7 +44,8 @@ from autoprec.device.ranks import (
     world_size,
 )
 from autoprec.device.tf32 import tf32_off
-from autoprec.model.layers import layer_named, linear_refusal
+from autoprec.model.kinds import is_linear, linear_refusal
+from autoprec.model.layers import layer_named
 from autoprec.model.local_copy import WHOLE, Split, is_divided, local_copy
 from autoprec.model.memory import chunk_elements, layer_groups
 from autoprec.model.recording import Call
@@ -209,7 +210,7 @@ def operand_statistics(
     staying: dict[tuple[str, Sides], float] = {}
     for layers in _grouped_layers(reference):
         linears: dict[str, nn.Module] = {
-            n: m for n, m in layers.items() if n in options and isinstance(m, nn.Linear)
+            n: m for n, m in layers.items() if n in options and is_linear(m)
         }
         if not linears:
             continue
@@ -220,7 +221,7 @@ def operand_statistics(
         for name, linear in linears.items():
             if calls := [back(call) for call in watched.calls[name]]:
                 run, split = _run_alone(reference, linear)
-                if isinstance(run, nn.Linear):
+                if is_linear(run):
                     seen = Linear(run, calls, options[name], split=split, chunk=chunk)
                     found += seen.statistics(name)
                     with tf32_off():
@@ -240,8 +241,8 @@ def _run_alone(
     """
     if not is_divided(layer):
         return layer, WHOLE
-    is_linear = called and isinstance(layer, nn.Linear) and not linear_refusal(layer)
-    return local_copy(reference.model, layer, placed=not is_linear)
+    is_plain = called and not linear_refusal(layer)
+    return local_copy(reference.model, layer, placed=not is_plain)
 
 
 def _grouped_layers(reference: Reference) -> list[dict[str, nn.Module]]:
@@ -311,7 +312,7 @@ def _products_of_layer(
         # called all the same (a pooler that no loss reads): its casts reach nothing
         casts = [components_of(option)[gemm] for option in fp8 for gemm in gemms]
         products = dict.fromkeys(chain.from_iterable(casts), torch.zeros(1)) | products
-    elif isinstance(run, nn.Linear) and not linear_refusal(run):
+    elif not linear_refusal(run):
         x_and_g, probed_too = [back(call) for call in calls], [back(call) for call in after]
         linear = Linear(run, x_and_g, fp8, moved=probed_too, split=split, chunk=step.chunk)
         products = linear.products(gemms)
