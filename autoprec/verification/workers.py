@@ -221,6 +221,9 @@ def _end_with_parent() -> None:
 @contextmanager
 def _interrupts_blocked() -> Iterator[None]:
     """Let processes that start inside ignore Ctrl-C, which a terminal sends to them too."""
+    if sys.platform == "win32":  # which has no signal masks
+        yield
+        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited, not lost here
     try:
         yield
