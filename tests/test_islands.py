@@ -212,6 +212,16 @@ def test_without_an_offset_there_is_no_island() -> None:
     assert Run(workload_of(0.0)).sensitivity.islands == ()
 
 
+def test_a_mean_near_the_spread_is_not_blamed_for_an_island(run: Run) -> None:
+    rows = run.sensitivity.statistics
+    other = copy(run)
+    near = [row.model_copy(update={"mean_over_std": 1.2}) for row in rows]
+    other.sensitivity = run.sensitivity.model_copy(update={"statistics": near})
+    reasons = [layer.reason for layer in other.plan().layers if layer.option == FP32]
+    assert all(reason.endswith("an island in FP32") for reason in reasons)
+    assert len(reasons) == 2
+
+
 def test_an_island_whose_rows_tell_all_is_no_reason(run: Run) -> None:
     (island,) = run.sensitivity.islands
     coarse = LayerSensitivity(name="", option=BF16_O2, grad_error=Estimate(mean=0.5))

@@ -12,7 +12,7 @@ from autoprec.records.plan import KEPT, Search
 from autoprec.records.sensitivity import Sensitivity
 from autoprec.search.costs import Costs, Price, is_all_fp32
 from autoprec.search.problem import Options, Problem, tied_groups
-from autoprec.sensitivity.causes import explain_statistics, offset_of
+from autoprec.sensitivity.causes import FAR, explain_statistics, offset_of
 
 UNSURE = "a gain within its uncertainty"
 DOMINATES = 0.25  # of the error budget: a layer with more dominates the gradient error
@@ -195,8 +195,9 @@ def _island(why: Why, index: int) -> str:
             others = [why.costs.layers[i].name for i in at if i != index]
             beside = f" and {', '.join(others)}" if others else ""
             names = {why.costs.layers[i].name for i in at}
-            rows = [row for row in why.sensitivity.statistics if row.name in names]
-            cause = "; ".join(f"{row.name} {offset_of(row)}" for row in rows if offset_of(row))
+            rows = (row for row in why.sensitivity.statistics if row.name in names)
+            far = ((row.name, offset_of(row, least=FAR)) for row in rows)
+            cause = "; ".join(f"{name} {offset}" for name, offset in far if offset)
             return (
                 f"BF16 between it{beside} alone has gradient error {percent(error)}, budget "
                 f"{percent(why.search.grad_error_budget)}: an island in FP32"

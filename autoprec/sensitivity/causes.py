@@ -13,6 +13,7 @@ from autoprec.records import Operand, OperandStatistics
 NOTABLE = 0.01  # a fraction of underflow below this is not worth a word
 OTHER_SHARE = 0.5  # another recipe is named when it has at most this part of the worst one's
 OFFSET = 1.0  # |mean| / std from which an operand's own size is what is rounded, not its spread
+FAR = 4.0  # the same where no repair was measured: 94 % of what is rounded is the mean's
 MOST_OUTLIERS = 0.05  # more channels than this part are no outliers but the distribution
 MOST_TOKENS = 0.125  # the same of tokens: one in 8, as the first of short sequences
 CAUSE = 0.5  # of the error: a repair that takes less away has not found its cause
@@ -87,9 +88,9 @@ def _outliers(row: OperandStatistics) -> str:
     return f"{row.operand.value}: {', '.join(found)}" if found else ""
 
 
-def offset_of(row: OperandStatistics) -> str:
+def offset_of(row: OperandStatistics, least: float = OFFSET) -> str:
     """Return that an operand's values sit far from zero beside their spread, or an empty string."""
     ratio = row.mean_over_std or 0.0
-    if ratio < OFFSET or row.operand is Operand.WEIGHT:
+    if ratio < least or row.operand is Operand.WEIGHT:
         return ""
     return f"{row.operand.value}: mean {ratio:.2g}x its spread, which rounding is relative to"
