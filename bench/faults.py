@@ -130,7 +130,7 @@ def measure(family: str, place: str, kind: str, strength: int) -> dict[str, Any]
     sensitivity = measure_sensitivity(reference)
     rows = {layer.name: times_of(layer) for layer in spec.layers}
     profile = profile_of(spec, rows, basis=Basis.PREDICTED)
-    meter = JointMeter(reference, fp32_outputs=sensitivity.island_names)
+    meter = JointMeter(reference, islands=sensitivity.islands)
 
     def plan_of(*keep: str) -> Plan:
         limits = Constraint(loss_tolerance=0.001, grad_error_budget=BUDGET, keep=keep)

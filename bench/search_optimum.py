@@ -64,7 +64,7 @@ def compare(name: str) -> None:
     spec = capture_model(context)
     reference = prepare_reference(context, spec)
     sensitivity = measure_sensitivity(reference, options=FP8)
-    meter = JointMeter(reference, fp32_outputs=sensitivity.island_names)
+    meter = JointMeter(reference, islands=sensitivity.islands)
     choices = [
         (BF16_O2, *(o for o in FP8 if o in layer.options)) if layer.gemm else (BF16_O2,)
         for layer in spec.layers

@@ -1,7 +1,7 @@
 """An operand that BF16 is too coarse for: an island in FP32, and not the whole model."""
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from types import SimpleNamespace
 
@@ -58,6 +58,22 @@ class Shifted(nn.Module):
         x = self.before(F.gelu(self.first(x))) + self.offset
         x = self.behind(x) - self.offset * self.behind.weight.detach().sum(1)
         out: Tensor = self.head(F.gelu(x))
+        return out
+
+
+class Stream(nn.Module):
+    """A residual linear behind an offset that the code adds to what another one gives."""
+
+    def __init__(self, offset: float) -> None:
+        super().__init__()
+        self.offset = offset
+        self.first, self.inner = (nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        self.head = nn.Linear(WIDTH, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.first(x)) + self.offset
+        x = x + self.inner(x - self.offset).tanh()
+        out: Tensor = self.head(x - self.offset)
         return out
 
 
@@ -143,7 +159,7 @@ class Run:
         rows = {x.name: {o: (MS[o.precision], 0.0) for o in x.options} for x in self.spec.layers}
         profile = profile_of(self.spec, rows, basis=Basis.PREDICTED)
         constraint = Constraint(loss_tolerance=0.001, grad_error_budget=None, keep=keep)
-        meter = JointMeter(self.reference, fp32_outputs=self.sensitivity.island_names)
+        meter = JointMeter(self.reference, islands=self.sensitivity.islands)
         search = search_plan(
             profile, self.sensitivity, constraint=constraint, evaluate=meter.measure
         )
@@ -155,18 +171,20 @@ def run() -> Run:
     return Run(workload_of(OFFSET))
 
 
-def test_the_layer_with_its_producer_is_an_island_and_all_others_stay_low(run: Run) -> None:
+def test_the_layer_is_an_island_with_its_producers_output_and_all_others_stay_low(
+    run: Run,
+) -> None:
     (island,) = run.sensitivity.islands
-    assert island.names == ("before", "behind")
+    assert (island.names, island.outputs) == (("behind",), ("before",))
     assert island.grad_error > 0.1
     assert run.sensitivity.activation_error.mean < 1e-4  # without it
     plan = run.plan()
     options = {layer.name: layer.option for layer in plan.layers}
-    assert [options["before"], options["behind"]] == [FP32, FP32]
-    assert options["first"].is_fp8
-    assert options["head"].is_fp8
-    assert plan.fp32_outputs == ("before", "behind")
+    assert options.pop("behind") == FP32
+    assert all(option.is_fp8 for option in options.values())
+    assert plan.fp32_outputs == ("behind", "before")
     reason = next(layer.reason for layer in plan.layers if layer.name == "behind")
+    assert "BF16 between it and before alone" in reason
     assert "an island in FP32" in reason
     assert "input: mean" in reason
 
@@ -203,9 +221,26 @@ def test_the_plan_as_applied_has_the_error_that_was_measured(run: Run) -> None:
 
 def test_a_kept_layer_of_an_island_is_respected(run: Run) -> None:
     with pytest.raises(InfeasibleError, match="drop a --keep"):
-        run.plan("before=bf16_o2")
+        run.plan("behind=bf16_o2")
     plan = run.plan("before=fp32")
-    assert plan.fp32_outputs == ("before", "behind")
+    assert plan.fp32_outputs == ("behind", "before")
+
+
+def test_a_layer_whose_output_is_too_coarse_stays_low_with_that_output_in_fp32() -> None:
+    run = Run(workload_of(OFFSET, Stream))
+    (island,) = run.sensitivity.islands
+    assert (island.names, island.outputs) == ((), ("first",))
+    assert island.grad_error > 0.1
+    plan = run.plan()
+    assert FP32 not in plan.options
+    assert plan.fp32_outputs == ("first",)
+    assert plan.grad_error is not None
+    assert plan.grad_error < 0.01
+    assert any("too coarse for what is computed behind first:" in note for note in plan.notes)
+    large = run.spec.model_copy(update={"structure": "large"})
+    other = transfer_sensitivity(run.sensitivity, large)  # whose layers are others
+    assert other.islands == ()
+    assert other.activation_error.mean > 0.1
 
 
 def test_without_an_offset_there_is_no_island() -> None:
@@ -239,8 +274,8 @@ def test_an_island_whose_rows_tell_all_is_no_reason(run: Run) -> None:
 def test_parameters_outside_of_layers_stay_fp32_where_bf16_is_too_coarse() -> None:
     run = Run(chain_workload())
     (island,) = run.sensitivity.islands
-    assert island.names == ("moves",)
-    assert island.is_outside
+    assert island.outputs == ("moves",)
+    assert not island.names
     assert island.grad_error > 0.01
     first, last = (step.grad_error.mean for step in run.sensitivity.by_step)
     assert min(first, last) > 0.01  # of one kind: with them in BF16, as nothing is known earlier
@@ -264,7 +299,7 @@ def test_parameters_outside_of_layers_stay_fp32_where_bf16_is_too_coarse() -> No
 def test_fp32_between_all_layers_where_bf16_is_too_coarse_there_and_not_in_them() -> None:
     run = Run(workload_of(OFFSET, Offsets))
     (island,) = run.sensitivity.islands
-    assert island.names == run.spec.names
+    assert island.outputs == run.spec.names
     assert run.sensitivity.activation_error.mean < 1e-3
     plan = run.plan()
     assert FP32 not in plan.options
@@ -273,7 +308,7 @@ def test_fp32_between_all_layers_where_bf16_is_too_coarse_there_and_not_in_them(
     assert plan.grad_error < 0.01
     assert any("what is computed between layers" in note for note in plan.notes)
     large = run.spec.model_copy(update={"structure": "large"})
-    assert transfer_sensitivity(run.sensitivity, large).fp32_outside == run.spec.names
+    assert transfer_sensitivity(run.sensitivity, large).fp32_always == run.spec.names
     assert carry_plan(plan, run.spec, run.sensitivity).fp32_outputs == run.spec.names
     model, x = run.reference.model, torch.randn(4, WIDTH)
     with torch.no_grad():
@@ -291,16 +326,16 @@ def test_a_plan_with_fp32_between_layers_costs_what_is_between_them_in_fp32() ->
     profile = profile_of(spec, rows, basis=Basis.PREDICTED).model_copy(
         update={"fixed_ms": 3.0, "fixed_bf16_ms": 1.0, "boundary_cast_ms_per_melement": 1.0}
     )
-    island = Island(names=spec.names, grad_error=0.1, is_outside=True)
     table = unknown_sensitivity(spec)
     times = [
-        make_costs(profile, table.model_copy(update={"islands": islands})).step_ms(
-            [BF16_O2] * len(spec.layers)
-        )
-        for islands in ((), (island,))
+        make_costs(
+            profile, table.model_copy(update={"islands": (Island(outputs=outputs),)})
+        ).step_ms([BF16_O2] * len(spec.layers))
+        for outputs in ((), spec.names[:1], spec.names)
     ]
-    casts = sum(map(io_elements, spec.layers)) / 1e6
-    assert times[1] - times[0] == pytest.approx(2.0 + casts)
+    casts = [io_elements(layer) / 1e6 for layer in spec.layers]
+    assert times[1] - times[0] == pytest.approx(casts[0])  # of one layer, those behind it alone
+    assert times[2] - times[0] == pytest.approx(2.0 + sum(casts))
 
 
 def test_a_proxy_says_it_of_the_models_parameters_outside_of_layers_too() -> None:
@@ -316,29 +351,42 @@ def test_a_proxy_says_it_of_the_models_parameters_outside_of_layers_too() -> Non
         }
     )
     (island,) = transfer_sensitivity(run.sensitivity, large).islands
-    assert island.names == ("moves.0", "moves.1")
-    plan = run.plan().model_copy(update={"uncovered": island.names, "fp32_outputs": island.names})
+    assert island.outputs == ("moves.0", "moves.1")
+    kept = {"uncovered": island.outputs, "fp32_outputs": island.outputs}
+    plan = run.plan().model_copy(update=kept)
     assert carry_plan(plan, run.spec, run.sensitivity).fp32_outputs == ("moves",)
     plain = plan.model_copy(update={"fp32_outputs": ()})
     assert carry_plan(plain, run.spec, run.sensitivity).fp32_outputs == ()
 
 
-@pytest.mark.parametrize(("left", "names"), [(0.25, ("behind",)), (2.0, ("before", "behind"))])
-def test_an_island_is_without_its_producers_where_their_rows_tell_what_is_left(
-    run: Run, left: float, names: tuple[str, ...]
+@pytest.mark.parametrize(
+    ("enough", "row", "island"),
+    [
+        ({"behind"}, 0.01, Island(outputs=("behind",))),
+        ({"behind!"}, 0.01, Island(names=("behind",))),
+        ({"before", "behind"}, 0.01, Island(outputs=("before", "behind"))),
+        ({"before", "behind!"}, 0.01, Island(names=("behind",), outputs=("before",))),
+        ({"before!", "behind!"}, 0.01, Island(names=("before", "behind"))),
+        (set(), 0.04, Island(names=("behind",))),  # its row explains it: no output would help
+    ],
+)
+def test_an_island_has_in_fp32_only_what_rows_do_not_tell(
+    run: Run, enough: set[str], row: float, island: Island
 ) -> None:
-    own = {"first": 1e-6, "before": 5e-3, "behind": 1e-2, "head": 1e-6}
+    own = {"first": 1e-6, "before": 5e-3, "behind": row, "head": 1e-6}
     rows = [
         LayerSensitivity(name=name, option=BF16_O2, grad_error=Estimate(mean=error))
         for name, error in own.items()
     ]
 
-    def measure(kept: Collection[str]) -> float:
-        alone = left * own["behind"] if "before" not in kept else 0.0
-        return alone + math.fsum(error for name, error in own.items() if name not in kept)
+    def measure(islands: Sequence[Island]) -> float:
+        low = {name for x in islands for name in x.names}
+        has = {*low, *(name for x in islands for name in x.outputs), *(f"{name}!" for name in low)}
+        beyond = 0.0 if enough <= has else 0.03
+        return beyond + math.fsum(error for name, error in own.items() if name not in low)
 
     first, *_ = find_islands(run.reference, rows, 0.05, measure)[0]
-    assert first.names == names
+    assert (first.names, first.outputs) == (island.names, island.outputs)
 
 
 @pytest.mark.parametrize(("row", "is_found"), [(1.5e-3, True), (2.7e-3, False)])
@@ -348,11 +396,11 @@ def test_fp32_between_layers_is_for_what_no_row_knows(run: Run, row: float, is_f
         LayerSensitivity(name=name, option=BF16_O2, grad_error=Estimate(mean=row)) for name in names
     ]
 
-    def measure(kept: Collection[str]) -> float:
-        return row * len(names) if set(kept) == set(names) else joint
+    def measure(islands: Sequence[Island]) -> float:
+        return row * len(names) if set(islands[-1].outputs) == set(names) else joint
 
     islands, left = find_islands(run.reference, rows, joint, measure)
-    assert [island.names for island in islands] == [names] * is_found
+    assert [island.outputs for island in islands] == [names] * is_found
     assert left == pytest.approx(row * len(names) if is_found else joint)
 
 

@@ -106,7 +106,7 @@ class Run:
         rows = {layer.name: times_of(layer) for layer in self.spec.layers}
         self.profile = profile_of(self.spec, rows, basis=Basis.PREDICTED)
         self.constraint = Constraint(loss_tolerance=TOLERANCE, grad_error_budget=BUDGET)
-        meter = JointMeter(reference, fp32_outputs=self.sensitivity.island_names)
+        meter = JointMeter(reference, islands=self.sensitivity.islands)
         self.search: Search = search_plan(
             self.profile,
             self.sensitivity,

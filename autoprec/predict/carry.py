@@ -60,7 +60,7 @@ class _Table:
 
     def __init__(self, proxy: ModelSpec, sensitivity: Sensitivity) -> None:
         self.options = {layer.name: layer.options for layer in proxy.layers}
-        self.activations = sensitivity.between_layers
+        self.activations = sensitivity.error_without_islands
         self._rows = {r.cell: r.counted_error for r in sensitivity.rows}
 
     def error(self, name: str, option: Option) -> float:

@@ -56,7 +56,7 @@ def transfer_sensitivity(small: Sensitivity, spec: ModelSpec) -> Sensitivity:
             "passes": 0,
             "step_equivalents": 0.0,
             "rows": tuple(row for row in rows if row.option != FP32),
-            "activation_error": Estimate(mean=small.between_layers),
+            "activation_error": Estimate(mean=small.error_without_islands),
             "islands": tuple(_islands(small, spec)),
             "statistics": (),
             "joint": (),
@@ -69,10 +69,10 @@ def transfer_sensitivity(small: Sensitivity, spec: ModelSpec) -> Sensitivity:
 def _islands(small: Sensitivity, spec: ModelSpec) -> Iterator[Island]:
     """Yield the island outside of layers; which layers others are in the model, nobody knows."""
     outside = tuple(parameter.name for parameter in spec.uncovered)
-    names = (*spec.names, *outside) if small.is_fp32_between else outside
-    for island in small.islands if names else ():
-        if island.is_outside:
-            yield island.model_copy(update={"names": names})
+    outputs = (*spec.names, *outside) if small.is_fp32_between else outside
+    for island in small.islands if outputs else ():
+        if island not in small.layer_islands:
+            yield island.model_copy(update={"outputs": outputs})
 
 
 def unknown_sensitivity(spec: ModelSpec) -> Sensitivity:

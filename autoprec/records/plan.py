@@ -155,7 +155,7 @@ class Plan(FileRecord):
     `grad_error` is the joint gradient error (measured or not, see `grad_error_basis`) with that of
     grad_weight GEMMs by half, as in `LayerSensitivity.counted_error`: about that many extra steps
     per step. `schedule` is empty when FP8 runs from the first step to the last.
-    `fp8_all_gather`: FSDP gathers FP8 weights (tensorwise only). `fp32_outputs` are FP32 layers
+    `fp8_all_gather`: FSDP gathers FP8 weights (tensorwise only). `fp32_outputs` are layers
     whose outputs stay FP32 up to the next layer, as BF16 is too coarse between them, and for the
     same reason parameters of `uncovered` that stay FP32; where it has all layers, activations are
     FP32 between all of them, those in BF16 and FP8 too. `followers` are parameters that stay FP32,

@@ -1,12 +1,12 @@
 """What a precision does to the loss and the gradient, per layer x option, with standard errors."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from autoprec.records.base import FileRecord, Record
-from autoprec.records.model import Basis, Option
+from autoprec.records.model import FP32, Basis, Option
 
 # What an error that stays in the layer's own weights costs a run, beside one that spreads: any
 # weight up to this predicts runs alike (decision 053), and this is the most cautious
@@ -91,21 +91,27 @@ class OperandStatistics(Record):
 
 
 class Island(Record):
-    """Layers that go to FP32 together or not at all, with FP32 between them.
+    """Layers that go to FP32 together or not at all, and what stays FP32 between layers with them.
 
-    `grad_error` is what a plan with any of them in 16 bits has beyond the layers' rows. With
-    `is_outside` they are parameters outside of layers, which every plan has in FP32; with all
-    layers among them, that is what is between layers, whatever the layers are in.
+    `grad_error` is what a plan without the island has beyond the layers' rows. `outputs` are layers
+    whose outputs stay FP32, whatever they are in, and parameters outside of layers. An island of
+    these alone is no choice: every plan has it.
     """
 
-    names: tuple[str, ...]
-    grad_error: NonNegativeFloat
-    is_outside: bool = False
+    names: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    grad_error: NonNegativeFloat = 0.0
+
+
+def fp32_outputs(islands: Iterable[Island], options: Mapping[str, Option]) -> tuple[str, ...]:
+    """Return what stays FP32 between layers, with the islands that a plan has in FP32."""
+    held = (x for x in islands if all(options[name] == FP32 for name in x.names))
+    return tuple(dict.fromkeys(name for x in held for name in (*x.names, *x.outputs)))
 
 
 def between_layers(activations: Estimate, islands: Iterable[Island]) -> float:
     """Return what any plan with a 16-bit layer pays beyond its rows, if no island is in FP32."""
-    own = (island.grad_error for island in islands if not island.is_outside)
+    own = (island.grad_error for island in islands if island.names)
     return max(activations.mean, 0.0) + sum(own)
 
 
@@ -195,24 +201,27 @@ class Sensitivity(FileRecord):
     schedule_steps: NonNegativeInt | None = None
 
     @property
-    def between_layers(self) -> float:
-        """The error of a plan whose islands of layers are in 16 bits, beyond its layers' rows."""
-        return between_layers(self.activation_error, self.islands)
+    def layer_islands(self) -> tuple[Island, ...]:
+        """The islands of some layers; what is outside of layers, or between all, is none."""
+        layers = set() if self.is_fp32_between else {row.name for row in self.rows}
+        return tuple(x for x in self.islands if layers.intersection((*x.names, *x.outputs)))
 
     @property
-    def fp32_outside(self) -> tuple[str, ...]:
-        """The parameters outside of layers that stay FP32, with all layers what is between them."""
-        return tuple(n for island in self.islands if island.is_outside for n in island.names)
+    def error_without_islands(self) -> float:
+        """The error of a plan without any island of layers, beyond its layers' rows."""
+        own = sum(island.grad_error for island in self.layer_islands)
+        return max(self.activation_error.mean, 0.0) + own
+
+    @property
+    def fp32_always(self) -> tuple[str, ...]:
+        """What every plan has in FP32: parameters outside of layers, and outputs of layers."""
+        return fp32_outputs((island for island in self.islands if not island.names), {})
 
     @property
     def is_fp32_between(self) -> bool:
         """Whether every plan has FP32 between all layers."""
-        return not {row.name for row in self.rows}.isdisjoint(self.fp32_outside)
-
-    @property
-    def island_names(self) -> tuple[str, ...]:
-        """The names of all islands."""
-        return tuple(name for island in self.islands for name in island.names)
+        always = set(self.fp32_always)
+        return bool(always) and all(row.name in always for row in self.rows)
 
     def row(self, name: str, option: Option) -> LayerSensitivity | None:
         """Return the row of a layer and option, or None when it was not measured."""

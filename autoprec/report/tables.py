@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from autoprec.records.cost import DeviceFacts
 from autoprec.records.model import BF16_O2
-from autoprec.records.sensitivity import JointMeasurement, Sensitivity
+from autoprec.records.sensitivity import JointMeasurement, Sensitivity, between_layers
 from autoprec.records.verification import Verification, loss_gaps
 from autoprec.report import formats
 from autoprec.report.formats import UNKNOWN, count_of
@@ -96,13 +96,14 @@ def _overlap(joint: JointMeasurement) -> str:
 def recipe_costs(sensitivity: Sensitivity) -> list[tuple[str, int, float, float]]:
     """Return per FP8 recipe, wherever it goes: title, linears, gradient error, predicted gap."""
     rows = []
+    outside = between_layers(sensitivity.activation_error, sensitivity.islands)
     for option in dict.fromkeys(row.option for row in sensitivity.rows):
         if not option.is_fp8 or option.gemms_hp:
             continue
         own = {row.name: row for row in sensitivity.rows if row.option == option}
         others = [r for r in sensitivity.rows if r.option == BF16_O2 and r.name not in own]
         parts = sum(row.counted_error for row in (*own.values(), *others))
-        grad_error = sensitivity.between_layers + parts
+        grad_error = outside + parts
         gap = predicted_loss_gap(sensitivity, grad_error, HORIZON_STEPS)
         title = formats.option(option)
         rows.append((title, len(own), grad_error, gap))

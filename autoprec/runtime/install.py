@@ -135,7 +135,7 @@ def install_options(
             unless all its parameters are BF16 and no plan's.
         uncovered: parameters outside of layers, stored in that dtype, in FP32 by `fp32_outputs`.
         layers: what `find_layers(model)` returns, where it is known.
-        fp32_outputs: layers whose outputs stay FP32 up to the next layer, if they are FP32.
+        fp32_outputs: layers whose outputs stay FP32 up to the next layer.
 
     Raises:
         PlanMismatchError: a name is no layer, tied layers disagree about their storage, or a layer
@@ -361,10 +361,9 @@ def _install_layer(
     is_plain = not (installed.came_in_bf16 or comes_from_plan(type(layer)))
     if own is torch.float32 is dtype and is_plain:
         return  # nothing to cast: an FP32 layer among FP32 activations is left alone
-    keeps = own is torch.float32 and name in installed.fp32_outputs
+    output_dtype = torch.float32 if name in installed.fp32_outputs else dtype
     follows = own is not torch.float32 and not installed.followers.isdisjoint(layer.parameters())
     turned = option.is_fp8 and is_transposed(layer)
-    output_dtype = own if keeps else dtype
     cls = layer_class(own_class(layer), option, dtype, output_dtype, alone, follows, turned)
     installed.set_class(layer, cls)
     if option.is_fp8:

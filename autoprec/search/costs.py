@@ -202,13 +202,17 @@ def make_costs(profile: Profile, sensitivity: Sensitivity) -> Costs:
     # a layer has a price in what is both timed and measured
     layers = profile.model.layers
     places = {layer.name: index for index, layer in enumerate(layers)}
-    inside = (island for island in sensitivity.islands if not island.is_outside)
+    inside = (island for island in sensitivity.islands if island.names)
     islands = [(tuple(places[name] for name in i.names), i.grad_error) for i in inside]
-    between = FP32 if sensitivity.is_fp32_between else BF16_O2
-    priced = [_price_layer(x, timings[x.name], effects[x.name], profile, between) for x in layers]
+    always = sensitivity.fp32_always
+    priced = [
+        _price_layer(x, timings[x.name], effects[x.name], profile, is_fp32_behind=x.name in always)
+        for x in layers
+    ]
     scale = _layer_scale(profile)
     prices = tuple({o: price.scaled(scale) for o, price in own.items()} for own, _ in priced)
     activation_error = max(sensitivity.activation_error.mean, 0.0)
+    between = FP32 if sensitivity.is_fp32_between else BF16_O2
     return Costs(
         layers=layers,
         prices=prices,
@@ -250,7 +254,8 @@ def _price_layer(
     timings: Mapping[Option, LayerTiming],
     effects: Mapping[Option, LayerSensitivity],
     profile: Profile,
-    between: Option,
+    *,
+    is_fp32_behind: bool,
 ) -> tuple[dict[Option, Price], dict[Option, str]]:
     prices: dict[Option, Price] = {}
     missing: dict[Option, str] = {}
@@ -261,7 +266,7 @@ def _price_layer(
         if why := _why_missing(layer, option, timing, effect):
             missing[option] = why
         else:
-            casts = (option == FP32) is not (between == FP32)
+            casts = (option == FP32) is not is_fp32_behind
             price = _price(timing, effect, boundary_ms=boundary_ms if casts else 0.0)
             margin_ms = _margin_ms(timing, baseline, profile)
             # what is not called takes no time of its own where other layers' times come from

@@ -353,12 +353,17 @@ def _no_option_note(profile: Profile) -> str:
 
 def outside_note(sensitivity: Sensitivity, options: Options) -> list[str]:
     """Return what stays FP32 beside a plan's layers, and the error that says so; else nothing."""
-    if is_all_fp32(options) or not sensitivity.fp32_outside:
+    if is_all_fp32(options) or not sensitivity.fp32_always:
         return []
-    error = sum(island.grad_error for island in sensitivity.islands if island.is_outside)
+    error = sum(island.grad_error for island in sensitivity.islands if not island.names)
     where, untimed = "what is computed between layers", ""
     if not sensitivity.is_fp32_between:
-        where = f"{first_and_more(sensitivity.fp32_outside)}, outside of layers"
+        layers = {row.name for row in sensitivity.rows}
+        behind = [name for name in sensitivity.fp32_always if name in layers]
+        outside = [name for name in sensitivity.fp32_always if name not in layers]
+        said = [f"{first_and_more(outside)}, outside of layers"] if outside else []
+        said += [f"what is computed behind {first_and_more(behind)}"] if behind else []
+        where = ", and ".join(said)
         untimed = "; what the code around it then takes is in no predicted time"
     return [
         f"BF16 O2 is too coarse for {where}: alone it has gradient error {percent(error)} "

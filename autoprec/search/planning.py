@@ -14,7 +14,7 @@ from autoprec.records.plan import (
     PredictedStep,
     Search,
 )
-from autoprec.records.sensitivity import Sensitivity
+from autoprec.records.sensitivity import Sensitivity, fp32_outputs
 from autoprec.search.costs import Costs, is_all_fp32, make_costs, nearest_plan
 from autoprec.search.notes import outside_note, plan_notes
 from autoprec.search.problem import Options, make_problem
@@ -37,6 +37,7 @@ def build_plan(
     plain = make_costs(profile, sensitivity.model_copy(update={"islands": ()}))
     problem = make_problem(costs, constraint)
     options, basis = point.options, sensitivity_basis(sensitivity)
+    islands = () if is_all_fp32(options) else sensitivity.islands
     why = reasons(Why(problem, search, options, sensitivity, profile.parallel))
     grad_error, grad_error_basis = _joint_error(point, basis)
     # a schedule's end says what run is planned; the budget is for its end only where that was asked
@@ -51,7 +52,7 @@ def build_plan(
         grad_error_basis=grad_error_basis,
         predicted=_predicted(costs, plain, options, left_out=profile.left_out),
         fp8_all_gather=parallel.fsdp > 1 and any(gathers_fp8(o, parallel) for o in options),
-        fp32_outputs=_fp32_outputs(costs, options, sensitivity),
+        fp32_outputs=fp32_outputs(islands, dict(zip(profile.model.names, options, strict=True))),
         followers=() if is_all_fp32(options) else profile.model.followers,
         notes=(
             *plan_notes(profile, problem, search, options),
@@ -61,15 +62,6 @@ def build_plan(
         ),
         expected_gap=run_steps and expected_gap(sensitivity, grad_error, run_steps),
     )
-
-
-def _fp32_outputs(costs: Costs, options: Options, sensitivity: Sensitivity) -> tuple[str, ...]:
-    """Return what a 16-bit plan has of the islands in FP32."""
-    if is_all_fp32(options):
-        return ()
-    inside = sorted({index for at, _ in costs.islands for index in at})
-    layers = (costs.layers[i].name for i in inside if options[i] == FP32)
-    return (*layers, *sensitivity.fp32_outside)
 
 
 def _joint_error(point: FrontPoint, basis: Basis) -> tuple[float | None, Basis]:

@@ -190,16 +190,20 @@ def _why_not_16_bit(why: Why, index: int) -> str:
 
 def _island(why: Why, index: int) -> str:
     """Say that BF16 is too coarse between a layer and others; "" where rows tell all of it."""
-    for at, error in why.costs.islands:
-        if error > 0.0 and index in at and is_all_fp32([why.options[i] for i in at]):
-            others = [why.costs.layers[i].name for i in at if i != index]
+    own = why.costs.layers[index].name
+    options = dict(zip((x.name for x in why.costs.layers), why.options, strict=True))
+    for island in why.sensitivity.islands:
+        is_held = is_all_fp32([options[name] for name in island.names])
+        if is_held and own in island.names and island.grad_error > 0.0:
+            names = (*island.names, *island.outputs)
+            others = [name for name in names if name != own]
             beside = f" and {', '.join(others)}" if others else ""
-            names = {why.costs.layers[i].name for i in at}
             rows = (row for row in why.sensitivity.statistics if row.name in names)
             far = ((row.name, offset_of(row, least=FAR)) for row in rows)
             cause = "; ".join(f"{name} {offset}" for name, offset in far if offset)
+            error = percent(island.grad_error)
             return (
-                f"BF16 between it{beside} alone has gradient error {percent(error)}, budget "
+                f"BF16 between it{beside} alone has gradient error {error}, budget "
                 f"{percent(why.search.grad_error_budget)}: an island in FP32"
                 f"{f' ({cause})' if cause else ''}"
             )

@@ -4,7 +4,8 @@ A value that sits far from zero beside its spread (an offset of 16 and a spread 
 bits of its spread in BF16. Layers in FP32 do not help as long as BF16 activations are between them,
 so the layer whose row is worst in BF16 and those that make its input go together, and their outputs
 stay FP32 up to the next layer. That is tried on uniform BF16 and kept if half of its error goes,
-without the producers where their own rows tell what is left then:
+in FP32 only what must be: of the others the outputs are enough, or nothing, where their own rows
+tell what is left then.
 
     extra = e(uniform BF16) - e(with the island in FP32) - the island's own rows
 
@@ -37,7 +38,7 @@ MOST_TRIED = 4  # islands, one joint measurement each
 MOST_IN_VAIN = 2  # of them: where kinks make BF16 coarse there are none
 MOST_PRODUCERS = 4  # more of them is a residual stream, whose sums no island keeps in FP32
 
-Measure = Callable[[Collection[str]], float]
+Measure = Callable[[Sequence[Island]], float]
 
 
 def find_islands(
@@ -49,25 +50,25 @@ def find_islands(
         reference: what everything is measured against.
         rows: the table.
         joint: the gradient error of uniform BF16.
-        measure: the same with these layers, and what is between them, in FP32; of all layers with
-            what is between them alone.
+        measure: the same with these islands in FP32.
     """
     own = {row.name: max(row.grad_error.mean, 0.0) for row in rows if row.option == BF16_O2}
     outside = tuple(parameter.name for parameter in reference.spec.uncovered)
     found: list[Island] = []
     left, between = joint, joint - math.fsum(own.values())  # what no layer's row has
-    if outside and between >= TOO_COARSE and joint - (error := measure(outside)) >= between / 2:
-        found.append(Island(names=outside, grad_error=joint - error, is_outside=True))
-        left = error
+    if outside and between >= TOO_COARSE:
+        error = measure([Island(outputs=outside)])
+        if joint - error >= between / 2:
+            found.append(Island(outputs=outside, grad_error=joint - error))
+            left = error
     left = _add_layers(reference, own, found, left, measure)
-    everything = (*reference.spec.names, *outside)
     kept = {name for island in found for name in island.names}
     between = left - math.fsum(own[name] for name in own.keys() - kept)
     if between >= FAR_TOO_COARSE:
-        error = measure(everything)
+        everything = (*reference.spec.names, *outside)
+        error = measure([Island(outputs=everything)])
         if error - math.fsum(own.values()) <= between / 2:
-            extra = max(joint - error, 0.0)
-            return (Island(names=everything, grad_error=extra, is_outside=True),), error
+            return (Island(outputs=everything, grad_error=max(joint - error, 0.0)),), error
     return tuple(found), left
 
 
@@ -83,24 +84,44 @@ def _add_layers(
     producers = find_producers(reference, worst) if joint >= TOO_COARSE else {}
     in_vain = 0
     for name in worst:
-        kept = [n for island in found for n in island.names]
+        kept = [n for island in found for n in (*island.names, *island.outputs)]
         names = (*producers.get(name, ()), name)
         is_whole = set(reference.spec.names).issubset([*kept, *names])  # no plan but FP32's has it
         if joint < TOO_COARSE or in_vain == MOST_IN_VAIN:
             break
         if is_whole or not set(kept).isdisjoint(names):
             continue
-        error = measure([*kept, *names])
+        error = measure([*found, Island(names=names)])
         if error > joint / 2:
             in_vain += 1
             continue
-        rows_of_makers = math.fsum(own.get(maker, 0.0) for maker in names[:-1])
-        if len(names) > 1 and (alone := measure([*kept, name])) <= 2 * (error + rows_of_makers):
-            names, error = (name,), alone
-        extra = joint - error - sum(own.get(n, 0.0) for n in names)
-        found.append(Island(names=names, grad_error=max(extra, 0.0)))
+        island, error = _smallest(names, own, joint, error, lambda x: measure([*found, x]))
+        extra = joint - error - sum(own.get(n, 0.0) for n in island.names)
+        found.append(island.model_copy(update={"grad_error": max(extra, 0.0)}))
         joint = error
     return joint
+
+
+def _smallest(
+    names: Sequence[str],
+    own: Mapping[str, float],
+    joint: float,
+    error: float,
+    measure: Callable[[Island], float],
+) -> tuple[Island, float]:
+    """Return what must be in FP32 of a layer and its producers, and the error that this leaves."""
+    *makers, last = names
+    smaller = [Island(outputs=(last,))]
+    if makers:
+        alone = Island(names=(last,))
+        smaller += [alone, Island(outputs=names), Island(names=(last,), outputs=makers)]
+    for island in smaller:
+        freed = math.fsum(own.get(n, 0.0) for n in names if n not in island.names)
+        left, most = measure(island), 2 * (error + freed)
+        # the rows may explain it all: what every plan has must take half of it by itself
+        if left <= (most if island.names else min(most, joint / 2)):
+            return island, left
+    return Island(names=names), error
 
 
 def find_producers(reference: Reference, names: Collection[str]) -> dict[str, tuple[str, ...]]:

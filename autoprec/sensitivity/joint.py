@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from autoprec.device.random_state import random_state_kept
 from autoprec.records.model import BF16_O2, FP32, ModelSpec, Option
-from autoprec.records.sensitivity import Estimate, Island, LayerSensitivity
+from autoprec.records.sensitivity import Estimate, Island, LayerSensitivity, fp32_outputs
 from autoprec.sensitivity.islands import find_islands
 from autoprec.sensitivity.reference import Reference
 
@@ -18,10 +18,10 @@ class JointMeter:
     Costs one pass per batch for each new assignment and nothing for one seen before.
     """
 
-    def __init__(self, reference: Reference, *, fp32_outputs: Sequence[str] = ()) -> None:
-        """Take a reference that is warmed up, and the layers of the sensitivity's islands."""
+    def __init__(self, reference: Reference, *, islands: Sequence[Island] = ()) -> None:
+        """Take a reference that is warmed up, and the sensitivity's islands."""
         self.reference = reference
-        self.fp32_outputs = tuple(fp32_outputs)
+        self.islands = tuple(islands)
         self._measured: dict[tuple[tuple[Option, ...], int], Estimate] = {}
 
     def measure(self, options: tuple[Option, ...], batches: int) -> Estimate:
@@ -34,12 +34,14 @@ class JointMeter:
         """
         if (options, batches) not in self._measured:
             by_name = dict(zip(self.reference.spec.names, options, strict=True))
-            self._measured[options, batches] = self._measure(by_name, batches=batches)
+            self._measured[options, batches] = self._measure(
+                by_name, batches=batches, islands=self.islands
+            )
         return self._measured[options, batches]
 
     def measure_uniform(self) -> Estimate:
         """Return the joint gradient error of uniform BF16."""
-        return self._measure(self.reference.spec.bf16_options, batches=ACTIVATION_BATCHES)
+        return self._measure_bf16(())
 
     def measure_activations(
         self, rows: Sequence[LayerSensitivity], joint: Estimate
@@ -54,31 +56,28 @@ class JointMeter:
         the errors of layers and activations are not independent (25 blocks: 40 % of the joint
         error of small subsets).
         """
-        uniform = self.reference.spec.bf16_options
-
-        def with_fp32(names: Collection[str]) -> float:
-            fp32 = () if uniform.keys() <= set(names) else tied_with(self.reference.spec, names)
-            options = {**uniform, **dict.fromkeys(fp32, FP32)}
-            return self._measure(options, batches=ACTIVATION_BATCHES, fp32_outputs=names).mean
-
-        islands, left = find_islands(self.reference, rows, joint.mean, with_fp32)
-        self.fp32_outputs = tuple(name for island in islands for name in island.names)
-        inside = {name for island in islands if not island.is_outside for name in island.names}
+        self.islands, left = find_islands(
+            self.reference, rows, joint.mean, lambda islands: self._measure_bf16(islands).mean
+        )
+        inside = {name for island in self.islands for name in island.names}
         bf16 = [row for row in rows if row.option == BF16_O2 and row.name not in inside]
         error = max(left - math.fsum(row.grad_error.mean for row in bf16), 0.0)
-        return joint.model_copy(update={"mean": error}), islands
+        return joint.model_copy(update={"mean": error}), self.islands
+
+    def _measure_bf16(self, islands: Sequence[Island]) -> Estimate:
+        """Return the joint gradient error of BF16 but for islands."""
+        spec = self.reference.spec
+        fp32 = tied_with(spec, [name for island in islands for name in island.names])
+        options = {**spec.bf16_options, **dict.fromkeys(fp32, FP32)}
+        return self._measure(options, batches=ACTIVATION_BATCHES, islands=islands)
 
     @random_state_kept()
     def _measure(
-        self,
-        options: Mapping[str, Option],
-        *,
-        batches: int,
-        fp32_outputs: Collection[str] | None = None,
+        self, options: Mapping[str, Option], *, batches: int, islands: Sequence[Island]
     ) -> Estimate:
         is_longer = batches > len(self.reference.batches)
         reference = self.reference.longer if is_longer else self.reference
-        kept = self.fp32_outputs if fp32_outputs is None else fp32_outputs
+        kept = fp32_outputs(islands, options)
         return reference.measure_joint(options, batches=batches, fp32_outputs=kept)
 
 

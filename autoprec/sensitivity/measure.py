@@ -97,7 +97,7 @@ def _error_now(
 
     As the early one, with BF16 outside of layers, whatever was found of that since.
     """
-    joint = () if any(island.is_outside for island in islands) else joint
+    joint = joint if all(island.names for island in islands) else ()
     step, plan = len(reference.loss_curve), tuple(fp8_everywhere(reference.spec).values())
     known = next((found.grad_error for found in joint if found.options == plan), None)
     return (

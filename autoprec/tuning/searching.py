@@ -43,7 +43,7 @@ def make_search(run: "Run") -> Search:
     def meter() -> "JointMeter":
         from autoprec.sensitivity.joint import JointMeter
 
-        return JointMeter(run.reference, fp32_outputs=sensitivity.island_names)
+        return JointMeter(run.reference, islands=sensitivity.islands)
 
     def find(ask: "Callable[[tuple[tuple[Option, ...], int]], Estimate]") -> Search:
         def measure(options: "tuple[Option, ...]", batches: int) -> "Estimate":
