@@ -1,3 +1,5 @@
+from unittest.mock import Mock
+
 import pytest
 
 from autoprec.records import (
@@ -21,7 +23,8 @@ from autoprec.records import (
     Timing,
     fp8_option,
 )
-from autoprec.search import build_plan, search_plan
+from autoprec.search import build_plan, planning, search_plan
+from autoprec.search.costs import make_costs
 from autoprec.sensitivity.gap import expected_gap
 from tests.report_runs import (
     CPU,
@@ -49,6 +52,15 @@ def planned(
 
 def reason(plan: Plan, name: str) -> str:
     return next(layer.reason for layer in plan.layers if layer.name == name)
+
+
+def test_a_model_is_priced_once_where_bf16_o2_is_as_the_plan_between_layers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pricing = Mock(side_effect=make_costs)
+    monkeypatch.setattr(planning, "make_costs", pricing)
+    planned(tables_of({"a": TYPICAL}))
+    assert pricing.call_count == 1
 
 
 def test_fp32_after_refuted_plans_is_said_to_be_that() -> None:

@@ -34,7 +34,9 @@ def build_plan(
     constraint = constraint.model_copy(update={"grad_error_budget": search.grad_error_budget})
     # the prices and the problem as the search had them: its record holds neither
     costs = make_costs(profile, sensitivity)
-    plain = make_costs(profile, sensitivity.model_copy(update={"islands": ()}))
+    plain = costs
+    if sensitivity.fp32_always:  # which BF16 O2 has in BF16
+        plain = make_costs(profile, sensitivity.model_copy(update={"islands": ()}))
     problem = make_problem(costs, constraint)
     options, basis = point.options, sensitivity_basis(sensitivity)
     islands = () if is_all_fp32(options) else sensitivity.islands
