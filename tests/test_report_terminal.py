@@ -337,13 +337,20 @@ def test_all_fp32_needs_nothing_applied() -> None:
     assert text.startswith("Train in FP32 until BF16 is timed: no time is known for 80 % of the we")
 
 
-def test_a_predicted_step_says_so() -> None:
+@pytest.mark.parametrize(
+    ("left_out", "basis"),
+    [(0.4, "predicted"), (0.8, "predicted without 80 % of the weights")],
+)
+def test_a_predicted_step_says_so_and_what_it_is_without(left_out: float, basis: str) -> None:
     run = make_run()
     assert run.plan
-    plan = run.plan.model_copy(update={"certificate": None})
-    text = summary_text(replace(run, plan=plan, verification=None))
+    assert run.plan.predicted
+    predicted = run.plan.predicted.model_copy(update={"left_out": left_out})
+    plan = run.plan.model_copy(update={"certificate": None, "predicted": predicted})
+    run = replace(run, plan=plan, verification=None)
+    text = summary_text(run)
     assert text.startswith("Not verified: FP8 in 8 of 15 layers, 8.34x as fast as FP32")
-    assert "(predicted)" in text.partition("time")[0]
+    assert summarise_run(run).answer.headline.endswith(f"as fast as BF16 O2 ({basis})")
     assert "not verified: no training was compared" in text
 
 

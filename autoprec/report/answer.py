@@ -91,7 +91,16 @@ def _rival_sentence(
     if rival == "bf16_o2":
         return f"{LOSES}: {_slower(plan, speedup)}"
     advice = "Keep what you run" if rival == _now(speedups) else "Train in FP32"
-    return f"{advice}: this plan is {_fast(speedup)} as {_named(run, rival)} ({speedup.basis})"
+    basis = _basis(plan, speedup)
+    return f"{advice}: this plan is {_fast(speedup)} as {_named(run, rival)} ({basis})"
+
+
+def predicted_without(plan: Plan, basis: Basis, *, least: float = 0.0) -> str:
+    """Return what share of the weights predicted times leave out; "" of less than `least`."""
+    left_out = plan.predicted.left_out if plan.predicted else 0.0
+    if basis is Basis.MEASURED or not left_out or left_out < least:
+        return ""
+    return f"predicted without {formats.share(left_out)} of the weights"
 
 
 def plan_note(plan: Plan | None, start: str) -> str:
@@ -121,7 +130,8 @@ def _plan_sentence(
     gains = [label for label in gains if not (is_bf16 and label == "bf16_o2")]
     said = [f"{lead} {what}", *(f"{_fast(speedups[x])} as {_named(run, x)}" for x in gains)]
     basis = {
-        "" if speedups[x].basis is Basis.MEASURED else f" ({speedups[x].basis})" for x in gains
+        "" if speedups[x].basis is Basis.MEASURED else f" ({_basis(plan, speedups[x])})"
+        for x in gains
     }
     proof = "" if lead.startswith(LEADS[Verdict.NOT_RUN][:-1]) else f"; {promise.headline}"
     return f"{', '.join(said)}{max(basis, default='')}{proof}"
@@ -152,7 +162,15 @@ def _named(run: RunRecords, label: str) -> str:
 
 def _slower(plan: Plan, bf16: Speedup) -> str:
     forced = any("fp8" in keep.rpartition("=")[2] for keep in plan.constraint.keep)
-    return f"the {'forced ' if forced else ''}plan is {_fast(bf16)} as BF16 O2 ({bf16.basis})"
+    return (
+        f"the {'forced ' if forced else ''}plan is {_fast(bf16)} as BF16 O2 ({_basis(plan, bf16)})"
+    )
+
+
+def _basis(plan: Plan, speedup: Speedup) -> str:
+    """Return the basis of a speedup, with what it leaves out where that is most of the weights."""
+    without = predicted_without(plan, speedup.basis, least=MOST_LEFT_OUT)
+    return without or speedup.basis.value
 
 
 def _fast(speedup: Speedup) -> str:

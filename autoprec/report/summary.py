@@ -17,7 +17,7 @@ from autoprec.records import Basis, Estimate, Precision
 from autoprec.records.cost import BASELINES, ENDED, StepTiming
 from autoprec.records.verification import REFUTED
 from autoprec.report import formats
-from autoprec.report.answer import Answer, plan_note
+from autoprec.report.answer import Answer, plan_note, predicted_without
 from autoprec.report.formats import clean_text, count_of, step_title
 from autoprec.report.layer_frame import layers_frame
 from autoprec.report.promise import Promise
@@ -134,11 +134,8 @@ class Summary:
     @property
     def without(self) -> str:
         """What predicted times of steps leave out; "" where the plan was timed, or nothing is."""
-        plan = self.steps.get("plan")
-        predicted = self.run.plan.predicted if self.run.plan else None
-        if plan is None or plan.basis is Basis.MEASURED or not predicted or not predicted.left_out:
-            return ""
-        return f"predicted without {formats.share(predicted.left_out)} of the weights"
+        plan, step = self.run.plan, self.steps.get("plan")
+        return predicted_without(plan, step.basis) if plan and step else ""
 
 
 def summarise_run(run: RunRecords) -> Summary:
