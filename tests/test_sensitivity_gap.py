@@ -74,6 +74,11 @@ def test_the_largest_of_the_errors_on_the_way_is_held_to_the_budget() -> None:
     assert larger == plain  # the last one predicts, the largest is held to the budget
     budgets = [grad_error_budget_for(s, 1e-3, 300) for s in (sensitivity, fallen)]
     assert budgets[0] == pytest.approx(1.5 * budgets[1])
+    # a step that no FP8 plan would survive says nothing of gaps (a memory's unstable recurrence)
+    points[0] = StepError(step=10, grad_error=Estimate(mean=9.3))
+    broken = sensitivity.model_copy(update={"by_step": tuple(points)})
+    assert growth(broken) == pytest.approx(465.0)  # holds the search's ceiling down
+    assert grad_error_budget_for(broken, 1e-3, 300) == pytest.approx(budgets[0] * 0.06)
 
 
 def test_an_expected_gap_has_an_interval_that_widens_with_the_run() -> None:

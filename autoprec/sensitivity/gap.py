@@ -104,9 +104,11 @@ def grad_error_budget_for(sensitivity: Sensitivity, tolerance: float, steps: int
     """Return the largest gradient error whose gap is expected to stay within the tolerance.
 
     That is where the upper end of the expected gap's interval is the tolerance, were the largest
-    error that was measured on the way (`growth`) the one that predicts.
+    error that was measured on the way (`growth`) the one that predicts, up to CEILING: beyond, as
+    at a step whose recurrence is unstable, a gap is in proportion to no error.
     """
-    return tolerance / (ABOVE * _doubt(steps) * gap_per_error(steps) * growth(sensitivity))
+    grown = growth(sensitivity, most=CEILING)
+    return tolerance / (ABOVE * _doubt(steps) * gap_per_error(steps) * grown)
 
 
 def gap_per_error(steps: int) -> float:
@@ -114,15 +116,15 @@ def gap_per_error(steps: int) -> float:
     return LEVEL * math.pow(steps / WHOLE_STEPS, GROWTH)
 
 
-def growth(sensitivity: Sensitivity) -> float:
+def growth(sensitivity: Sensitivity, *, most: float = math.inf) -> float:
     """Return the largest gradient error that is known over the one where the table was.
 
-    The largest of those measured on the way, at the planned run's tokens per optimizer step where
-    they were given and what they do is known.
+    The largest of those measured on the way, `most` at most, at the planned run's tokens per
+    optimizer step where they were given and what they do is known.
     """
     errors = [point.grad_error.mean for point in sensitivity.by_step]
-    largest = max(errors) / errors[-1] if errors and errors[-1] > 0.0 else 1.0
-    return largest * _batch_ratio(sensitivity)
+    found = min(max(errors), most) / errors[-1] if errors and errors[-1] > 0.0 else 1.0
+    return max(found, 1.0) * _batch_ratio(sensitivity)
 
 
 def _doubt(steps: int) -> float:
