@@ -78,6 +78,7 @@ def test_what_stays_fp32_beside_layers_is_a_decision() -> None:
     assert (token.name, token.before, token.after) == ("class_token", "bf16_o2", "fp32")
     assert (own.name, own.before) == (norm.name, norm.option.key)
     assert own.after == f"{norm.option.key}, FP32 behind it"
+    assert ", FP32 behind it" in comparison_markdown(found)
 
 
 def test_slower_fp8_is_found_where_it_is_and_nowhere_else() -> None:

@@ -11,7 +11,7 @@ from autoprec.common.grouping import grouped
 from autoprec.common.text import first_and_more
 from autoprec.records import Change, Comparison, DifferenceRow, LossGap
 from autoprec.report import formats
-from autoprec.report.compare import ABSENT
+from autoprec.report.compare import ABSENT, STAYS
 from autoprec.report.formats import and_more, clean_text, count_of
 from autoprec.report.layer_table import fold_names
 from autoprec.report.page import render
@@ -203,7 +203,8 @@ def _layer_rows(changes: Iterable[Change], show: Callable[[float], str]) -> list
 
 
 def _option(key: str) -> str:
-    return key if key == ABSENT else formats.option(key)
+    own = key.removesuffix(STAYS)
+    return key if key == ABSENT else formats.option(own) + key[len(own) :]
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], noun: str) -> Iterator[Part]:
