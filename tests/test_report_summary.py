@@ -129,6 +129,20 @@ def test_lines_to_paste_name_a_folder_with_a_space_as_one_word() -> None:
     assert all("my runs/a*/plan.json" in words for words in pasted)
 
 
+def test_lines_to_paste_attach_the_other_optimizers() -> None:
+    run = predicted_run()
+    assert run.profile
+    model = run.profile.model.model_copy(update={"optimizer": "Muon and AdamW"})
+    several = replace(run, profile=run.profile.model_copy(update={"model": model}))
+    own, added = (
+        [line.text.strip() for line in next_lines(summarise_run(each), "out")]
+        for each in (run, several)
+    )
+    place = next(i for i, line in enumerate(own) if "autoprec.apply(" in line) + 1
+    assert added[place].startswith("autoprec.attach_optimizer(model, other)  # each of the other")
+    assert own == added[:place] + added[place + 1 :]
+
+
 def test_verification_s_steps_are_compared_among_themselves() -> None:
     run = make_run()
     assert run.verification

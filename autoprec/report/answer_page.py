@@ -116,10 +116,13 @@ def _apply_lines(found: Summary, out: Path | str | None) -> Iterator[Line]:
     yield Line("paste into the training script, after the optimizer is made:")
     yield Line("  import autoprec", "bold", is_whole=True)
     yield Line(f"  {apply_line(out)}", "bold", is_whole=True)
+    plan, profile = found.run.plan, found.run.profile
+    if profile and " and " in profile.model.optimizer:  # names of several
+        other = "autoprec.attach_optimizer(model, other)  # each of the other optimizers"
+        yield Line(f"  {other}", "bold", is_whole=True)
     if found.compile_advice:
         yield Line("  model.compile()", "bold", is_whole=True)
     yield Line(f"as it is:  {run}", is_whole=True)
-    plan, profile = found.run.plan, found.run.profile
     in_fp8 = {layer.name for layer in plan.layers if layer.option.is_fp8} if plan else set()
     specs = [x for x in profile.model.layers if x.name in in_fp8] if profile else []
     if specs and all(spec.is_torchs_linear for spec in specs):  # others convert no more
