@@ -418,6 +418,17 @@ def test_a_model_whose_linears_are_ineligible_says_why() -> None:
     assert "none of the linear layers can take it (1 of them: N=10 is not" in plan.notes[0]
 
 
+def test_a_plan_that_is_slower_than_bf16_for_its_error_says_so() -> None:
+    rows = {
+        "a": {FP32: (4.0, 0.0), BF16_O2: (2.0, 1e-2)},
+        "b": {FP32: (4.0, 0.0), BF16_O2: (2.0, 1e-5)},
+    }
+    _, plan = planned(tables_of(rows), budget=4e-3)
+    assert plan.options == (FP32, BF16_O2)
+    said = "BF16 O2 is 1.33x faster, but not the plan: the gradient error of BF16 O2 is 1.0 %, the "
+    assert f"{said}budget 0.40 %" in plan.notes
+
+
 @pytest.mark.parametrize(
     ("row", "budget", "words"),
     [

@@ -42,7 +42,7 @@ def plan_notes(
         _no_option_note(profile),
         _unsure_note(profile, costs, search, options),
         memory_note(profile, chosen, costs.memory_bytes(options)),
-        _why_no_bf16(problem, search, options) if is_all_fp32(options) else "",
+        (_why_no_bf16 if is_all_fp32(options) else _why_slower)(problem, search, options),
         _communication_note(costs, options),
         _head_note(profile, chosen),
         _kernel_note(profile, chosen),
@@ -250,10 +250,8 @@ def _why_no_bf16(problem: Problem, search: Search, options: Options) -> str:
             "BF16 is not worth it here: by its layers the step takes "
             f"{bf16_ms / max(fp32_ms, SHORTEST_MS):.3g}x as long in BF16 O2 as in FP32"
         )
-    trials = (trial.grad_error for trial in search.trials if trial.options == uniform)
-    error, budget = next(trials, costs.grad_error(uniform)), search.grad_error_budget
-    if error > budget:
-        why = f"the gradient error of BF16 O2 is {percent(error)}, the budget {percent(budget)}"
+    if over := _over_budget(problem, search, uniform):
+        why = over
     elif options != search.chosen.options:
         why = "training refuted plans with BF16, within the budget by their gradient error"
     else:
@@ -261,6 +259,23 @@ def _why_no_bf16(problem: Problem, search: Search, options: Options) -> str:
         closed = first_and_more(layer.name for layer, own, may in allowed if own not in may)
         why = f"{closed} {MAY_NOT}"
     return f"BF16 O2 is {compared(bf16_ms, fp32_ms)}, but FP32 is the plan: {why}"
+
+
+def _why_slower(problem: Problem, search: Search, options: Options) -> str:
+    """Return why the plan is slower than BF16 O2, if its error is why, or an empty string."""
+    uniform = nearest_plan(problem.costs.prices, BF16_O2)
+    own_ms, bf16_ms = (problem.costs.step_ms(each) for each in (options, uniform))
+    over = _over_budget(problem, search, uniform)
+    if not over or bf16_ms > (1.0 - NOTABLE) * own_ms:
+        return ""
+    return f"BF16 O2 is {compared(bf16_ms, own_ms)}, but not the plan: {over}"
+
+
+def _over_budget(problem: Problem, search: Search, uniform: Options) -> str:
+    trials = (trial.grad_error for trial in search.trials if trial.options == uniform)
+    error, budget = next(trials, problem.costs.grad_error(uniform)), search.grad_error_budget
+    said = f"the gradient error of BF16 O2 is {percent(error)}, the budget {percent(budget)}"
+    return said if error > budget else ""
 
 
 def _communication_note(costs: Costs, options: Options) -> str:
