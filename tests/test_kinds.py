@@ -1,11 +1,14 @@
 """Linears of users and libraries: which are, which only look so; in them FP8 is what it is."""
 
 import copy
+import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -104,6 +107,63 @@ class Reversing(nn.Linear):
         return F.linear(input.flip(-1), self.weight, self.bias)
 
 
+class Clipping(nn.Linear):
+    """As BinaryConnect; most weights are within."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return F.linear(input, self.weight.clamp(-100, 100), self.bias)
+
+
+class Pruning(nn.Linear):
+    """Without what is small, straight through."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        weight = self.weight
+        kept = weight * (weight.abs() > 1e-4)
+        return F.linear(input, weight + (kept - weight).detach(), self.bias)
+
+
+class MaxNorm(nn.Linear):
+    """As EEGNet, which writes into its weight."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        self.weight.data = torch.renorm(self.weight.data, 2, 0, 1.0)
+        return super().forward(input)
+
+
+class Rarely(nn.Linear):
+    """Skipped once in a thousand calls."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        is_skipped = self.training and random.random() < 1e-3
+        return super().forward(input) * (0 if is_skipped else 1)
+
+
+class Logging(nn.Linear):
+    def __init__(self, K: int, N: int) -> None:
+        super().__init__(K, N)
+        self.log: list[Tensor] = []
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        self.log.append(input)
+        return super().forward(input)
+
+
+class Marking(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        vars(self.weight)["seen"] = input
+        return super().forward(input)
+
+
+class Summing(nn.Linear):
+    """Its output is that of all ranks together."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        y = super().forward(input)
+        dist.all_reduce(y)
+        return y
+
+
 class Table(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -137,12 +197,63 @@ def test_what_computes_a_linear_is_one(
         assert linear_refusal(make(*sizes)) == ""
 
 
-@pytest.mark.parametrize(
-    "cls", [Scaled, Adapted, Dropping, InFp32, Keeping, WithoutGradient, Reversing]
-)
+DOES_MORE = [
+    *(Scaled, Adapted, Dropping, InFp32, Keeping, WithoutGradient, Reversing),
+    *(Clipping, Pruning, MaxNorm, Rarely, Logging, Marking),
+]
+
+
+@pytest.mark.parametrize("cls", DOES_MORE)
 def test_a_forward_that_does_more_keeps_fp8_out(cls: type[nn.Linear]) -> None:
-    assert "does more than nn.Linear's" in linear_refusal(cls(16, 16))
-    assert layer_kind(cls(16, 16)) is LayerKind.LINEAR
+    module, state = cls(16, 16), random.getstate()
+    assert "does more than nn.Linear's" in linear_refusal(module)
+    assert layer_kind(module) is LayerKind.LINEAR
+    assert random.getstate() == state
+    assert not getattr(module, "log", None)
+
+
+def test_trying_asks_no_other_rank(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert "does more than nn.Linear's" in linear_refusal(Summing(16, 16))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_trying_compiles_nothing() -> None:
+    seen: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        seen.append(graph)
+        return graph.forward
+
+    class Compiled(nn.Linear):
+        @torch.compile(backend=backend)
+        def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+            return F.linear(input, self.weight, self.bias)
+
+    assert linear_refusal(Compiled(16, 16)) == ""
+    assert not seen
+
+
+def test_attributes_that_no_forward_reads_may_be_anything() -> None:
+    class Odd:
+        def __hash__(self) -> int:
+            raise ValueError
+
+    module: Any = Casting(16, 16)
+    module.odd = Odd()
+    assert linear_refusal(module) == ""
+
+
+def test_scripted_and_lazy_modules_are_no_linears_yet() -> None:
+    class Lazy(nn.modules.lazy.LazyModuleMixin, nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.UninitializedParameter()
+
+    for module in (torch.jit.script(nn.Linear(16, 16)), Lazy()):
+        assert "is no nn.Linear" in linear_refusal(module)
 
 
 @pytest.mark.parametrize("module", [Table(), nn.Embedding(16, 32), nn.Bilinear(16, 16, 16)])

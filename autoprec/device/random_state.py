@@ -50,6 +50,13 @@ def random_state_kept() -> Iterator[None]:
             torch.cuda.set_rng_state_all(states_cuda)
 
 
+def global_states() -> list[Any]:  # Any: each generator has its own
+    """Return the states of the CPU's global generators, as plain values to compare."""
+    numpy_random: Any = sys.modules.get("numpy.random")  # Any: its global one has no public name
+    own = [] if numpy_random is None else [generator_state(numpy_random.mtrand._rand)]
+    return [torch.default_generator.get_state().tolist(), random.getstate(), *own]
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed the global generators inside, and put them back: a stream of batches may use them."""

@@ -10,15 +10,18 @@ import functools
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from autoprec.device.random_state import global_states, random_state_kept
+from autoprec.device.tracing import OperationTracer
 from autoprec.model.layers import own_class
 from autoprec.model.options import NO_PLAIN_WEIGHT
 from autoprec.records import LayerKind
@@ -31,7 +34,9 @@ KINDS: tuple[tuple[tuple[type[nn.Module], ...], LayerKind], ...] = (
     ((nn.RNNBase, nn.RNNCellBase), LayerKind.RECURRENT),
 )
 SIZE = 5  # of the weight that is tried, each way: attributes of either size become this one
-SHAPES = ((3,), (2, 3))  # of the tokens that it is tried with
+EXTREMES = {torch.float32: 1e-6, torch.bfloat16: 1e6}  # of the values, beside those around 1
+PLAIN = frozenset((type(None), bool, int, float, str, torch.dtype, torch.device))
+UNKNOWN = object()  # for an attribute of another class: a forward that uses it cannot
 EVERY_MODULES = frozenset(vars(nn.Module()))  # attributes
 
 Attributes = tuple[tuple[str, Any], ...]  # Any: whatever a user's module holds
@@ -111,8 +116,12 @@ def bias_of(module: nn.Module) -> Tensor | None:
 def _axes(module: nn.Module) -> str:
     """Return the axes of the weight of a module that computes what `nn.Linear` does, else ""."""
     cls: Any = own_class(module)  # Any: mypy takes no class to be hashable
+    if issubclass(cls, torch.jit.ScriptModule):
+        return ""
     if cls.forward is nn.Linear.forward:
         return "NK" if "weight" in module._parameters else ""
+    if any(p is not None and is_lazy(p) for p in module._parameters.values()):
+        return ""
     dims = {name: p.dim() for name, p in module._parameters.items() if p is not None}
     others = [module._modules, *(b for b in module._buffers.values() if b is not None)]
     if others != [{}] or dims not in ({"weight": 2}, {"weight": 2, "bias": 1}):
@@ -120,25 +129,25 @@ def _axes(module: nn.Module) -> str:
     sizes = tuple(weight_of(module).shape)
     own = {name: value for name, value in vars(module).items() if name not in EVERY_MODULES}
     small = {n: SIZE if type(v) is int and v in sizes else v for n, v in own.items()}
+    known = ((n, v if type(v) in PLAIN else UNKNOWN) for n, v in small.items())
     parameters = tuple((name, dims.get(name, 0)) for name in module._parameters)
-    try:
-        return _axes_of(cls, tuple(small.items()), parameters)
-    except TypeError:  # an attribute that has no hash
-        return _axes_of.__wrapped__(cls, tuple(small.items()), parameters)
+    return _axes_of(cls, tuple(known), parameters)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=2**14)
 def _axes_of(
     cls: type[nn.Module],
     attributes: Attributes,
     parameters: tuple[tuple[str, int], ...],
 ) -> str:
     """Return the axes of small modules of a class with these attributes, by trying."""
-    try:
-        with _undisturbed():
-            return _tried(cls, attributes, parameters) if _takes_one(cls) else ""
-    except Exception:  # noqa: BLE001  # a forward of somebody's, with sizes that it was not made for
-        return ""
+    with _undisturbed(), random_state_kept():
+        states = global_states()
+        try:
+            found = _tried(cls, attributes, parameters) if _takes_one(cls) else ""
+        except Exception:  # noqa: BLE001  # a forward of somebody's, with sizes that it was not made for
+            return ""
+        return found if global_states() == states else ""  # what it drew may decide, one day
 
 
 def _takes_one(cls: type[nn.Module]) -> bool:
@@ -148,17 +157,24 @@ def _takes_one(cls: type[nn.Module]) -> bool:
     return len(parameters) == 1 and parameters[0].kind in positional
 
 
+def _alone(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # Any: any operation
+    """Stop what asks other ranks: they may try no such module, and would be waited for."""
+    if "c10d" in func.namespace:
+        raise NotImplementedError(func.name())
+    return func(*args, **kwargs)
+
+
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Compute plainly inside, whatever is on around it."""
+    """Compute plainly inside, whatever is on around it, and compile nothing."""
     disabled: Any = torch._C.DisableTorchFunction  # Any: torch has no type for it
     with (
-        torch.random.fork_rng(devices=[]),
         disabled(),
         torch.utils._python_dispatch._disable_current_modes(),
         torch.inference_mode(mode=False),
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),
+        torch.compiler.set_stance("force_eager"),
     ):
         yield
 
@@ -168,46 +184,66 @@ def _tried(
 ) -> str:
     """Return the axes with which such a module computes what `F.linear` does, "" if with none.
 
-    In BF16 too: what its author computes in FP32 stays so.
+    In BF16 too: what its author computes in FP32 stays so. Tiny and huge values tell where numbers
+    are cut off.
     """
     found = {"NK", "KN"}
-    for dtype, is_training in itertools.product((torch.float32, torch.bfloat16), (True, False)):
-        small: nn.Module = cls.__new__(cls)
-        nn.Module.__init__(small)
-        vars(small).update(attributes)
-        small.training = is_training
-        for name, dim in parameters:
-            tried = nn.Parameter(_values((SIZE,) * dim, dtype)) if dim else None
-            small.register_parameter(name, tried)
-        before = dict(vars(small))
-        for tokens in SHAPES:
-            x = _values((*tokens, SIZE), dtype)
-            found &= _agreeing(functools.partial(cls.forward, small), small, x)
-        if vars(small).keys() != before.keys() or any(
-            vars(small)[name] is not value for name, value in before.items()
-        ):
-            return ""  # it counts its calls, or keeps what it saw
+    for (dtype, extreme), is_training in itertools.product(EXTREMES.items(), (True, False)):
+        for tokens, scale in (((3,), 1.0), ((2, 3), extreme)):
+            # a bias as large as the products
+            leaves = {n: _values((SIZE,) * d, dtype, scale ** (3 - d)) for n, d in parameters if d}
+            small: nn.Module = cls.__new__(cls)
+            nn.Module.__init__(small)
+            vars(small).update(attributes)
+            small.training = is_training
+            for name, _ in parameters:
+                own = leaves.get(name)
+                small.register_parameter(name, None if own is None else nn.Parameter(own.clone()))
+            before = _held(small)
+            found &= _agreeing(small, leaves, _values((*tokens, SIZE), dtype, scale))
+            after = _held(small)
+            if after.keys() != before.keys() or any(after[n] is not v for n, v in before.items()):
+                return ""  # it counts its calls, or keeps what it saw
     return next(iter(found), "")
 
 
-def _values(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _held(small: nn.Module) -> dict[str, Any]:  # Any: whatever a user's module holds
+    """Return all that a module and its parameters have, by name."""
+    parts = small._parameters, small._buffers, small._modules
+    return {
+        name: value
+        for holder in (vars(small), *parts, *map(vars, small.parameters()))
+        for name, value in holder.items()
+    }
+
+
+def _values(shape: tuple[int, ...], dtype: torch.dtype, scale: float) -> Tensor:
     """Return numbers that tell rows from columns, and are never drawn."""
     values = torch.arange(1.0, math.prod(shape) + 1, dtype=torch.float32, device="cpu")
-    return values.mul_(1.7).sin_().to(dtype).reshape(shape)
+    return values.mul_(1.7).sin_().mul_(scale).to(dtype).reshape(shape)
 
 
-def _agreeing(forward: Callable[[Tensor], Tensor], small: nn.Module, x: Tensor) -> set[str]:
-    """Return the axes with which a forward and its gradients are those of `F.linear`."""
-    weight, bias = weight_of(small), bias_of(small)
-    leaves = [x.requires_grad_(), weight, *([] if bias is None else [bias])]
-    y = forward(x)
-    found = [y, *torch.autograd.grad(y, leaves, _values(tuple(y.shape), y.dtype))]
+def _agreeing(small: nn.Module, leaves: dict[str, Tensor], x: Tensor) -> set[str]:
+    """Return the axes with which a forward and its gradients are those of `F.linear`.
+
+    The leaves are what the module's parameters were: a forward may change its own.
+    """
+    scale = float(x.detach().abs().max())
+
+    def results(y: Tensor, parameters: Mapping[str, Any]) -> list[Tensor]:
+        gradient = _values(tuple(y.shape), y.dtype, scale)
+        return [y, *torch.autograd.grad(y, [x, *(parameters[n] for n in leaves)], gradient)]
+
+    x.requires_grad_()
+    with OperationTracer(_alone):
+        found = results(type(small).forward(small, x), small._parameters)
     agreeing = set()
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    weight, bias = leaves["weight"], leaves.get("bias")
     for axes, matrix in (("NK", weight), ("KN", weight.t())):
-        wanted = F.linear(x, matrix, bias)
-        gradient = _values(tuple(wanted.shape), wanted.dtype)
-        pairs = zip(found, [wanted, *torch.autograd.grad(wanted, leaves, gradient)], strict=True)
-        if all(a.dtype is b.dtype and _are_close(a, b) for a, b in pairs):
+        wanted = results(F.linear(x, matrix, bias), leaves)
+        if all(a.dtype is b.dtype and _are_close(a, b) for a, b in zip(found, wanted, strict=True)):
             agreeing.add(axes)
     return agreeing
 
