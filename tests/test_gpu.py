@@ -6,7 +6,7 @@ that use it are the last.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
+from transformers.pytorch_utils import Conv1D
 
 import autoprec
 from autoprec.common.text import first_line
@@ -65,6 +66,7 @@ from autoprec.runtime.masters import CLOSE_LOOKS
 from tests.models import Mlp, mlp_workload
 from tests.plans import plan_for
 from tests.ranks import leave_group
+from tests.test_kinds import Casting, with_linears
 
 pytestmark = [
     pytest.mark.gpu,
@@ -178,6 +180,18 @@ def test_every_recipe_trains_as_on_the_cpu(device: torch.device, recipe: Recipe)
         _, optimizer = autoprec.apply(plan_for(model, fp8_option(recipe)), model, adam(model))
         losses.append(train(model, optimizer, place))
     assert losses[0] == pytest.approx(losses[1], rel=5e-2)
+
+
+@pytest.mark.parametrize("make", [Casting, lambda K, N: Conv1D(N, K)], ids=["own", "Conv1D"])
+def test_linears_of_other_classes_train_as_torchs_own(
+    device: torch.device, fp8: Option, make: Callable[[int, int], nn.Module]
+) -> None:
+    losses = []
+    for each in with_linears(make):
+        model = each.to(device)
+        _, optimizer = autoprec.apply(plan_for(model, fp8), model, adam(model))
+        losses.append(train(model, optimizer, device))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
 def test_a_plan_is_applied_guarded_and_undone_on_cuda(device: torch.device, fp8: Option) -> None:
