@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers.pytorch_utils import Conv1D
 
 import autoprec
@@ -18,6 +20,7 @@ from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.model.kinds import is_linear, is_transposed, layer_kind, linear_refusal
 from autoprec.records import LayerKind, Option, Recipe, Sensitivity, fp8_option
+from autoprec.runtime import uniform_plan
 from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.sensitivity.reference import prepare_reference
 from autoprec.workload.functions import Workload
@@ -216,6 +219,24 @@ def test_trying_asks_no_other_rank(tmp_path: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         assert "does more than nn.Linear's" in linear_refusal(Summing(16, 16))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_sharded_linear_of_its_own_stays_one(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for plan_first in (False, True):
+            model = nn.Sequential(Conv1D(16, 32))
+            plan = uniform_plan(model, FP8[1])
+            if plan_first:
+                autoprec.apply(plan, model)
+            fully_shard(model[0], mesh=init_device_mesh("cpu", (1,)))
+            if not plan_first:
+                autoprec.apply(plan, model)
+            assert layer_kind(model[0]) is LayerKind.LINEAR
+            assert is_transposed(model[0])
+            assert model(torch.randn(32, 32)).shape == (32, 16)
     finally:
         dist.destroy_process_group()
 

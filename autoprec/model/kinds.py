@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 
 from autoprec.device.random_state import global_states, random_state_kept
 from autoprec.device.tracing import OperationTracer
-from autoprec.model.layers import own_class
+from autoprec.model.layers import written_class
 from autoprec.model.options import NO_PLAIN_WEIGHT
 from autoprec.records import LayerKind
 
@@ -62,7 +62,7 @@ def is_linear(module: nn.Module) -> bool:
     >>> is_linear(Casting())
     True
     """
-    return issubclass(own_class(module), nn.Linear) or bool(_axes(module))
+    return issubclass(written_class(module), nn.Linear) or bool(_axes(module))
 
 
 def linear_refusal(module: nn.Module) -> str:
@@ -71,15 +71,17 @@ def linear_refusal(module: nn.Module) -> str:
     torchao computes what `nn.Linear.forward` does with a plain weight, and nothing else. Sizes are
     `options.py`'s matter.
     """
-    cls = own_class(module)
+    cls = written_class(module)
     if not is_linear(module):
-        return f"{cls.__name__} is no nn.Linear, and computes something else; FP8 is for nn.Linear"
+        why = f"{cls.__name__} is no nn.Linear, and computes something else or cannot be tried"
+        return f"{why}; FP8 is for nn.Linear"
     if parametrize.is_parametrized(module):
         return f"{NO_PLAIN_WEIGHT}parametrized, and torchao casts plain weights only"
     if "weight" not in module._parameters:
         return f"{NO_PLAIN_WEIGHT}made anew before each call (pruned, normed); FP8 takes plain ones"
     if cls.forward is not nn.Linear.forward and not _axes(module):
-        return f"{cls.__name__}'s forward does more than nn.Linear's, which FP8 would replace"
+        why = f"{cls.__name__}'s forward does more than nn.Linear's or cannot be tried"
+        return f"{why}; FP8 would replace it"
     return ""
 
 
@@ -101,7 +103,7 @@ def weight_matrix(module: nn.Module) -> Tensor:
 
 def matrix_sizes(module: nn.Module) -> tuple[int, int]:
     """Return the outputs and inputs of a linear; a parametrized weight is not computed for it."""
-    if issubclass(own_class(module), nn.Linear):
+    if issubclass(written_class(module), nn.Linear):
         linear = cast("nn.Linear", module)
         return linear.out_features, linear.in_features
     N, K = weight_matrix(module).shape
@@ -115,7 +117,7 @@ def bias_of(module: nn.Module) -> Tensor | None:
 
 def _axes(module: nn.Module) -> str:
     """Return the axes of the weight of a module that computes what `nn.Linear` does, else ""."""
-    cls: Any = own_class(module)  # Any: mypy takes no class to be hashable
+    cls: Any = written_class(module)  # Any: mypy takes no class to be hashable
     if issubclass(cls, torch.jit.ScriptModule):
         return ""
     if cls.forward is nn.Linear.forward:

@@ -88,8 +88,11 @@ def type_name(module: nn.Module) -> str:
 def own_type(module: nn.Module) -> type[nn.Module]:
     """Return the module's class without what parametrization and `fully_shard` made of it."""
     cls = type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
-    # fully_shard makes a class of (FSDPModule, own)
-    return cls.__bases__[1] if cls.__bases__[0].__name__ == "FSDPModule" else cls
+    return cls.__bases__[1] if _is_of_sharding(cls) else cls
+
+
+def _is_of_sharding(cls: type[nn.Module]) -> bool:
+    return cls.__bases__[0].__name__ == "FSDPModule"  # fully_shard's: (FSDPModule, own)
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
@@ -97,6 +100,14 @@ def own_class(module: nn.Module) -> type[nn.Module]:
     cls = type(module)
     while comes_from_plan(cls):
         cls = vars(cls)["autoprec_base"]
+    return cls
+
+
+def written_class(module: nn.Module) -> type[nn.Module]:
+    """Return the module's class without what plans and `fully_shard` made of it, in any order."""
+    cls = own_class(module)
+    while _is_of_sharding(cls) or comes_from_plan(cls):
+        cls = vars(cls).get("autoprec_base") or cls.__bases__[1]
     return cls
 
 
