@@ -163,6 +163,31 @@ for _ in range(99):
     assert added == 2 * averaged
 
 
+def test_a_penalty_on_the_slope_at_the_inputs_is_repeated(tmp_path: Path) -> None:
+    penalty = """
+    x.requires_grad_()
+    slope, = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    loss = F.cross_entropy(model(x), y) + slope.square().sum(1).mean()
+"""
+    body = HEAD + LOOP.replace("    loss = F.cross_entropy(model(x), y)\n", penalty)
+    workload = record(tmp_path, body)  # its first loss and gradient are the script's
+    batch = next(workload.train_batches(0))
+    for _ in range(2):  # no gradient stays in the batch
+        torch.autograd.backward(workload.loss_fn(workload.build_model(), batch))
+    assert all(constant.grad is None for constant in batch.constants)
+
+
+def test_weights_that_a_later_step_thaws_are_trained_in_all(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    by_step = "model.first.requires_grad_(thaw := 'thaw' in globals())\n    model.norm"
+    loop = LOOP.replace("    loss =", f"    {by_step}.requires_grad_(False)\n    loss =")
+    model = record(tmp_path, HEAD + loop).build_model()
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert frozen == ["norm.weight", "norm.bias"]  # in the optimizer, and frozen in all steps
+    assert "2 parameters are frozen in the script's first step" in caplog.text
+
+
 def test_a_hook_that_only_looks_at_a_gradient_is_no_hindrance(tmp_path: Path) -> None:
     looks = "out = model(x); out.register_hook(lambda g: print(g.dtype)); "
     looks += "out.register_hook(lambda g: g); "
@@ -561,6 +586,14 @@ def test_models_that_are_trained_side_by_side_become_one(tmp_path: Path) -> None
     lines = lines.replace("self.head(self.body(x))", "self.tail(self.head(self.body(x)))")
     names = [name for name, _ in record(tmp_path, lines).build_model().named_children()]
     assert names == ["body", "head", "tail"]
+
+
+def test_models_in_a_dict_of_the_script_have_its_keys_for_names(tmp_path: Path) -> None:
+    lines = "parts = {'body': Net(), 'top': nn.Linear(16, 16)}\n"
+    lines += "optimizer = torch.optim.SGD([p for m in parts.values() for p in m.parameters()])\n"
+    body = HEAD + lines + LOOP.replace("model(x)", "parts['top'](parts['body'](x))")
+    names = [name for name, _ in record(tmp_path, body).build_model().named_children()]
+    assert names == ["body", "top"]
 
 
 REFUSALS = {

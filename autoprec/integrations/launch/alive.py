@@ -68,7 +68,7 @@ def is_joined(module: nn.Module) -> bool:
 
 
 def _variables() -> dict[int, str]:
-    """Return the script's names of modules, by id: its variables, and attributes of its objects.
+    """Return the script's names of modules, by id: its variables, what its objects and dicts hold.
 
     Those of the outermost function count: they are the same ones wherever in it they are asked for.
     """
@@ -83,10 +83,11 @@ def _variables() -> dict[int, str]:
             continue
         for name, value in frame.f_locals.items():
             is_module = issubclass(type(value), nn.Module)  # isinstance would wake lazy proxies
-            inner: dict[str, Any] = {name: value} if is_module else getattr(value, "__dict__", {})
+            held = value if type(value) is dict else getattr(value, "__dict__", {})
+            inner: dict[str, Any] = {name: value} if is_module else held
             for own, module in inner.items() if type(inner) is dict else ():
                 if issubclass(type(module), nn.Module):
-                    names.setdefault(id(unwrapped(module, parallel=True)), own)
+                    names.setdefault(id(unwrapped(module, parallel=True)), str(own))
     return names
 
 

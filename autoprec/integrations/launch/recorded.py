@@ -79,10 +79,13 @@ def record_workload(script: Script, *, steps: int) -> Workload:
     logger.warning(stopped, script.name, recorder.steps)
     batches, optimizers = recorder.recorded(), [*recorder.optimizers.values()]
     followers = _followers(recorder, first.model)
+    thawed = _thawed(recorder, first.model)
     _free(recorder)
     # the check wants the script's autocast and scale; what is tuned is the model without them
     autocast = check_recording(script, recorder, first, batches[0])
     remove_autocast(first.model)
+    for parameter in thawed:
+        parameter.requires_grad_(True)
     batches = [_plain(batch, first.model, recorder.micro_steps) for batch in batches]
     held_out = max(2, len(batches) // HELD_OUT)
     functions: dict[str, Any] = {  # Any: functions and numbers
@@ -153,6 +156,21 @@ def _followers(recorder: Recorder, first: nn.Module) -> set[str]:
     pairs = ((n, p, now[n]) for n, p in first.named_parameters() if n in now)
     others = (x for x in pairs if not x[2].requires_grad or id(x[2]) not in trained)
     return {n for n, p, own in others if not torch.equal(own.detach().to(p.device), p)}
+
+
+def _thawed(recorder: Recorder, first: nn.Module) -> list[nn.Parameter]:
+    """Return the optimizers' parameters that are frozen at first and trained in a later step."""
+    held = {id(p) for seen in recorder.optimizers.values() for p in trained_by(seen.first)}
+    now = dict(recorder.model.named_parameters()) if recorder.model is not None else {}
+    pairs = ((p, now[n]) for n, p in first.named_parameters() if n in now and id(p) in held)
+    thawed = [p for p, own in pairs if own.requires_grad and not p.requires_grad]
+    if thawed:
+        logger.warning(
+            "%d parameters are frozen in the script's first step and trained in a later one: "
+            "tuning trains them in every step",
+            len(thawed),
+        )
+    return thawed
 
 
 def _plain(batch: RecordedBatch, model: nn.Module, micro_steps: int) -> RecordedBatch:

@@ -145,7 +145,7 @@ class Recorder:
         except REFUSALS as error:
             reason = error_line(error)
             self.refuse(f"a batch must be one that can be copied, but copying it fails: {reason}")
-        if not nodes:
+        if all(node.op == "placeholder" for node in nodes):
             with self._inside():
                 self._begin_calls(tape.calls, is_compiled(module))
         gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []

@@ -81,14 +81,18 @@ class Tape:
         self._device = device
 
     def take(self, inputs: Value) -> tuple[Value, list[fx.Node]]:
-        """Return a copy of a call's arguments, and the nodes that made some of its tensors."""
+        """Return a copy of a call's arguments, and the nodes of those tensors that have one."""
         nodes: list[fx.Node] = []
 
         def taken(value: Value) -> Value:
             known = self._known.get(id(value))
-            if known is None or known.node.op == "placeholder":
+            if (known is None or "constant" in known.node.meta) and _is_leaf(value):
+                # the loss may ask for the gradient of it
+                nodes.append(self._node(value, is_input=True))
+            elif known is None or known.node.op == "placeholder":
                 return _copied(value)
-            nodes.append(known.node)
+            else:
+                nodes.append(known.node)
             return FromTape(len(nodes) - 1)
 
         return tree_map(taken, inputs), nodes
@@ -194,7 +198,7 @@ class Tape:
     def _name(self, tensor: Tensor, node: fx.Node) -> None:
         self._known[id(tensor)] = Known(tensor, node, tensor._version, tensor.requires_grad)
 
-    def _node(self, value: Value) -> Value:
+    def _node(self, value: Value, *, is_input: bool = False) -> Value:
         """Return the node that stands for an argument, or the argument if it is no tensor."""
         if isinstance(value, torch.device):
             return self.graph.placeholder("device") if value.type == self._device.type else value
@@ -207,7 +211,7 @@ class Tape:
             is_written = "constant" in known.node.meta and value._version != known.version
             if not is_written and (known.requires_grad or not value.requires_grad):
                 return known.node
-        if value.requires_grad:  # it hangs on weights, and no call that was seen made it
+        if value.requires_grad and not is_input:  # of weights, and no call that was seen made it
             node = self.graph.placeholder("unseen")
             node.meta["unseen"] = self._unseen(value)
             return node
@@ -228,7 +232,8 @@ def replay(
     """
     parameters = list(model.parameters())
     inputs: dict[str, Value] = {"device": parameters[0].device}
-    for name, tensors in (("parameter", parameters), ("constant", constants)):
+    fresh = [c.detach().requires_grad_(c.requires_grad) for c in constants]  # without a gradient
+    for name, tensors in (("parameter", parameters), ("constant", fresh)):
         inputs |= {f"{name}_{index}": tensor for index, tensor in enumerate(tensors)}
     is_mixed = any(tensor.dtype in LOW_PRECISION for tensor in constants)
     values: dict[fx.Node, Value] = {}
@@ -269,6 +274,13 @@ def remove_scale(graph: fx.Graph, constants: Sequence[Tensor], *, micro_steps: i
         with graph.inserting_before(graph.output_node()):
             graph.output_node().args = (graph.call_function(torch.mul, (root, micro_steps)),)
     _drop_unused(graph)
+
+
+def _is_leaf(value: Value) -> bool:
+    """Whether it is a tensor, and no weight, whose gradient somebody wants."""
+    if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
+        return False
+    return value.is_leaf and value.requires_grad
 
 
 def _copied(value: Value) -> Value:
