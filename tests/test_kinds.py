@@ -215,6 +215,13 @@ def test_a_forward_that_does_more_keeps_fp8_out(cls: type[nn.Linear]) -> None:
     assert not getattr(module, "log", None)
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int8, torch.float8_e4m3fn], ids=str)
+def test_weights_of_other_numbers_keep_fp8_out(dtype: torch.dtype) -> None:
+    module = nn.Linear(16, 16, bias=False)
+    module.weight = nn.Parameter(module.weight.detach().to(dtype), requires_grad=False)
+    assert "FP8 is for weights in FP32" in linear_refusal(module)
+
+
 def test_trying_asks_no_other_rank(tmp_path: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:

@@ -79,6 +79,9 @@ def linear_refusal(module: nn.Module) -> str:
         return f"{NO_PLAIN_WEIGHT}parametrized, and torchao casts plain weights only"
     if "weight" not in module._parameters:
         return f"{NO_PLAIN_WEIGHT}made anew before each call (pruned, normed); FP8 takes plain ones"
+    dtype: torch.dtype = weight_of(module).dtype
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        return f"{NO_PLAIN_WEIGHT}in {dtype}, and FP8 is for weights in FP32, BF16 or FP16"
     if cls.forward is not nn.Linear.forward and not _axes(module):
         why = f"{cls.__name__}'s forward does more than nn.Linear's or cannot be tried"
         return f"{why}; FP8 would replace it"
