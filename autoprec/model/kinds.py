@@ -254,7 +254,6 @@ def _agreeing(small: nn.Module, leaves: dict[str, Tensor], x: Tensor) -> set[str
 
 
 def _are_close(a: Tensor, b: Tensor) -> bool:
-    error = (
-        torch.finfo(b.dtype).eps * float(b.detach().abs().max()) * SIZE
-    )  # of as many sums in any order
-    return a.shape == b.shape and float((a - b).detach().abs().max()) <= error
+    a, b = a.detach(), b.detach()
+    error = torch.finfo(b.dtype).eps * float(b.abs().max()) * SIZE  # of sums in any order
+    return a.shape == b.shape and float((a - b).abs().max()) <= error

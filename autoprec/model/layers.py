@@ -105,7 +105,7 @@ def own_class(module: nn.Module) -> type[nn.Module]:
 
 def written_class(module: nn.Module) -> type[nn.Module]:
     """Return the module's class without what plans and `fully_shard` made of it, in any order."""
-    cls = own_class(module)
+    cls = type(module)
     while _is_of_sharding(cls) or comes_from_plan(cls):
         cls = vars(cls).get("autoprec_base") or cls.__bases__[1]
     return cls

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import flop_registry
 
 from autoprec.device.ranks import local_part
 from autoprec.device.tracing import PLAIN_TENSORS, OperationTracer
-from autoprec.model.kinds import is_linear, weight_matrix
+from autoprec.model.kinds import is_linear, weight_of
 from autoprec.model.recording import NO_BACKWARD
 
 BACKWARD = 2.0  # a product's gradients are two products
@@ -31,7 +31,7 @@ class Products(TorchFunctionMode):
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.flops = 0.0
-        weights = [weight_matrix(layer) for layer in layers.values() if is_linear(layer)]
+        weights = [weight_of(layer) for layer in layers.values() if is_linear(layer)]
         self._priced = {_storage(weight) for weight in weights}
         self._depth = 0  # above 0: in a layer, or in attention that is counted
 

@@ -61,8 +61,8 @@ def layer_class(
     """Return `base` as a layer with `option`, among activations of a dtype, outputs of another.
 
     Called outside of the model's forward it gives `alone_dtype`, unless that is None. One that
-    `keeps_weights` has them in FP32, and runs under an autocast to the option's dtype. FP8 takes
-    weights as [N, K], and `is_transposed` ones.
+    `keeps_weights` has them in FP32, and runs under an autocast to the option's dtype. Weights that
+    FP8 multiplies are [N, K], `is_transposed` ones [K, N].
     """
     dtypes = activation_dtype, output_dtype, alone_dtype
     settings = (base, option, *dtypes, keeps_weights, is_transposed)

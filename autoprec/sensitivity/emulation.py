@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoprec.model.kinds import bias_of, weight_matrix
+from autoprec.model.kinds import bias_of, is_transposed, weight_of
 from autoprec.records import Gemm, Operand, Option
 from autoprec.sensitivity.casts import Cast, Sides, gemm_casts, round_bf16
 from autoprec.sensitivity.linear import Matrix
@@ -47,9 +47,12 @@ def emulated_layer(
     """
     how = Emulation(gemm_casts(option), in_range, without_mean, chunk)
 
+    turned = is_transposed(layer)  # asked before the layer has another forward
+
     def forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
         (x,) = (*args, *kwargs.values())
-        return _EmulatedLinear.apply(x, weight_matrix(layer), bias_of(layer), how)  # type: ignore[no-untyped-call,no-any-return]  # torch's
+        weight_NK = weight_of(layer).t() if turned else weight_of(layer)
+        return _EmulatedLinear.apply(x, weight_NK, bias_of(layer), how)  # type: ignore[no-untyped-call,no-any-return]  # torch's
 
     vars(layer)["forward"] = forward
     try:
