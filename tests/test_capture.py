@@ -82,6 +82,8 @@ def test_shapes_calls_and_tokens_are_those_of_the_step(tokens: ModelSpec) -> Non
 def test_attention_is_one_layer_with_its_projection_inside(tokens: ModelSpec) -> None:
     assert tokens.layer("attention").kind is LayerKind.ATTENTION
     assert "attention.out_proj" not in tokens.names
+    told = str(tokens.layer("attention").refusal(Precision.FP8_O1))
+    assert "projections that are nn.Linear" in told
 
 
 def test_tied_and_uncalled_layers_are_named(tokens: ModelSpec) -> None:

@@ -211,6 +211,12 @@ def test_linears_that_cannot_take_fp8_are_told_beside_those_that_can() -> None:
     )
 
 
+def test_attention_that_holds_its_projections_is_told_beside_those_that_can() -> None:
+    attention = plain_layer("attn", LayerKind.ATTENTION, (1536, 512), (8, 128, 512))
+    plan = planned(predicted("", model_of(attention, linear_layer("up", 512, 3072))))
+    assert "no FP8 option yet for 33 % of the weights (attention)" in plan.notes
+
+
 def test_a_plan_without_fp8_says_what_communication_would_take() -> None:
     hidden, shown = (
         planned(predicted(at).model_copy(update={"speedup_error": 0.4})) for at in (HIDDEN, SHOWN)

@@ -48,13 +48,16 @@ CONVERTED = (
 ON_ANY_DEVICE = frozenset(
     (USED_UNCALLED, HAS_EXPERTS, TWICE_DIFFERENTIATED, WITHOUT_GRAD, IN_TRANSFORM, CONVERTED)
 )
+ATTENTION = (
+    "nn.MultiheadAttention holds its projections as parameters of its own, and FP8 is for "
+    "nn.Linear; projections that are nn.Linear, around F.scaled_dot_product_attention, can take it"
+)
 UNCOMPILED = (
     "torch.compile has no gradient of a gradient, and the model's is differentiated again "
     "(create_graph=True)"
 )
 _NOT_LINEAR = {
     LayerKind.CONV: "convolution",
-    LayerKind.ATTENTION: "fused attention",
     LayerKind.OTHER: "kernel for a layer of this class",
 }
 
@@ -126,6 +129,8 @@ def grad_weight_in_bf16(option: Option) -> Option | None:
 
 
 def _refusal(kind: LayerKind, gemm: GemmShape | None) -> str:
+    if kind is LayerKind.ATTENTION:
+        return ATTENTION
     if kind is not LayerKind.LINEAR:
         what = _NOT_LINEAR.get(kind, f"{kind.value} layer")
         return f"PyTorch has no FP8 {what}; FP8 is for nn.Linear"

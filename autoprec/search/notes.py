@@ -21,7 +21,7 @@ from autoprec.search.problem import NEAR_TIE, Options, Problem, is_faster
 SHORTEST_MS = 1e-4  # what rounding leaves is no time
 SMALLEST_SHARE = 0.001  # of the weights
 MOST_NAMED = 4
-NO_FP8_KINDS = (LayerKind.OTHER, LayerKind.RECURRENT, LayerKind.CONV)
+NO_FP8_KINDS = (LayerKind.OTHER, LayerKind.RECURRENT, LayerKind.CONV, LayerKind.ATTENTION)
 KEEP_COSTS = "--keep costs"
 MAY_NOT = "may not take it (--keep, or unknown gradient error)"
 NOTABLE = 0.05  # a smaller share of what FP8 saves is not worth a note
