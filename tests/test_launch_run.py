@@ -518,6 +518,21 @@ assert loaded(x).isfinite().all()
     assert run(tmp_path, body, "2", str(tmp_path / "model.pt"), plan=plan_for(net)).status == 0
 
 
+def test_weights_and_gradients_become_numpy_arrays_as_without_a_plan(tmp_path: Path) -> None:
+    """Histograms, `np.save` and prints take them; an array is no way into a weight's memory."""
+    arrays = """
+import numpy as np
+weight, gradient = np.asarray(model.first.weight.detach()), model.first.weight.grad.cpu().numpy()
+assert weight.dtype == gradient.dtype == np.float32
+assert np.abs(weight - model.state_dict()["first.weight"].numpy()).max() < 1e-2
+x = model.norm.weight.detach().numpy()
+x[:] = 0
+"""
+    first = LOOP.replace("print(", "break\n    print(")
+    assert run(tmp_path, HEAD + first + arrays, "1").status == 1
+    assert run(tmp_path, HEAD + first + arrays.rpartition("x[:]")[0], "1").status == 0
+
+
 def test_what_transformers_saves_is_loaded_in_the_dtype_of_its_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

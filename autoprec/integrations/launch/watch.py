@@ -7,8 +7,8 @@ applied three things of torch are wrapped:
     Module.__call__                     the first call that trains a model that fits is the moment
     DistributedDataParallel, DataParallel               or just before one of these wraps it
 
-(and `Tensor.lerp_`, by which scripts keep averages of weights, see runtime/averages.py, and
-`torch.save`, to which they give whole models and parameters).
+(and `Tensor.lerp_`, by which scripts keep averages of weights, see runtime/averages.py,
+`torch.save`, to which they give whole models and parameters, and `Tensor.numpy`, without BF16).
 
 A model that `fully_shard` or `parallelize_module` has sharded gets the plan at its first call too:
 its FP32 shards are the masters (runtime/shards.py).
@@ -102,6 +102,7 @@ class Watch:
             *((cls, "__init__", self._around_parallel) for cls in parallel),
             (Tensor, "lerp_", around_lerp),
             (torch, "save", self._around_save),
+            (Tensor, "numpy", self._around_numpy),
             *(self._guard.patches if self._guard is not None else ()),
         ]
         for owner, name, around in functions:
@@ -231,6 +232,14 @@ class Watch:
 
     def _around_save(self, save: Function, obj: Any, *args: Any, **kwargs: Any) -> None:
         save(self._files.as_saved(obj), *args, **kwargs)
+
+    def _around_numpy(self, call: Function, tensor: Tensor, /, *args: Any, **kwargs: Any) -> Any:
+        """Give FP32 arrays of BF16 tensors, of which numpy has none; what is written is refused."""
+        if not self.applied or tensor.dtype is not torch.bfloat16:
+            return call(tensor, *args, **kwargs)
+        array = call(tensor.float(), *args, **kwargs)
+        array.flags.writeable = False  # the script's own array would be the tensor's memory
+        return array
 
     def _around_config(self, save: Function, config: Any, /, *args: Any, **kwargs: Any) -> None:
         """Save the dtype that a state dict has; transformers reads that of the parameters."""
