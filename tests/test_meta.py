@@ -208,6 +208,53 @@ def test_a_constructor_may_read_what_it_made_of_numbers_and_move_the_model() -> 
     check_same(capture_on_meta(workload), capture_model(Context(workload, CPU)))
 
 
+class Chosen(nn.Module):
+    """Computes its head for chosen tokens alone, as sparse masked language models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.body = nn.Embedding(64, 32), nn.Linear(32, 32)
+        self.head = nn.Linear(32, 64)
+
+    def forward(self, tokens: Tensor, is_chosen: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.body(self.embedding(tokens))[is_chosen])
+        return logits
+
+
+def test_integers_of_a_batch_are_known_where_they_decide_shapes_or_are_checked() -> None:
+    def train_batches(seed: int) -> Iterator[dict[str, Tensor]]:
+        for batch in range(12):
+            tokens = torch.arange(64).roll(batch + seed).reshape(2, 32)
+            yield {"tokens": tokens, "is_chosen": tokens % 4 == 0}
+
+    def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        tokens, is_chosen = batch["tokens"], batch["is_chosen"]
+        if tokens.max() >= 64 or len(is_chosen.nonzero()) != 16:
+            raise ValueError("tokens beyond the vocabulary, or other tokens chosen than were given")
+        counted = torch.zeros(2, 32)
+        counted[is_chosen] = 1.0  # a write of what is known
+        logits = model(tokens, is_chosen) * counted.sum().item()
+        return nn.functional.cross_entropy(logits, tokens.masked_select(is_chosen))
+
+    workload = workload_with(build_model=Chosen, train_batches=train_batches, loss_fn=loss_fn)
+    spec = capture_on_meta(workload)
+    check_same(spec, capture_model(Context(workload, CPU)))
+    assert str(spec.layer("head").gemm) == "16x32x64"
+
+
+def test_the_integers_of_a_batch_are_not_written_into() -> None:
+    tokens = torch.arange(32).reshape(2, 16)
+
+    def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
+        batch[batch == 3] = 0
+        loss: Tensor = model(batch.float()).square().mean()
+        return loss
+
+    given = {"build_model": lambda: nn.Linear(16, 16), "loss_fn": loss_fn}
+    capture_on_meta(workload_with(train_batches=lambda seed: iter([tokens] * 12), **given))
+    assert torch.equal(tokens.flatten(), torch.arange(32))
+
+
 def test_no_value_is_told_of_numbers_that_were_overwritten() -> None:
     def build_model() -> nn.Module:
         numbers = torch.zeros(4)

@@ -1,7 +1,8 @@
 """Small tensors made of numbers alone keep their values where everything else has only a shape.
 
 Constructors ask for such values: the rates of stochastic depth are `torch.linspace(0, 0.2, 24)`,
-read with `tolist()`, in most vision models with stages. No parameter and no batch is known.
+read with `tolist()`, in most vision models with stages. So do losses of a batch's integers: are all
+labels below the vocabulary, how long are the targets of CTC? No parameter is known.
 """
 
 from typing import Any
@@ -13,8 +14,10 @@ from torch._subclasses import fake_tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-MOST_ELEMENTS = 4096  # of a tensor whose values are kept
-READ = torch.ops.aten._local_scalar_dense.default
+MOST_ELEMENTS = 2**22  # of a tensor whose values are kept
+aten = torch.ops.aten
+READ = aten._local_scalar_dense.default
+INDEXED = aten.index.Tensor, aten.index_put.default, aten.index_put_.default
 CPU = torch.device("cpu")
 
 
@@ -38,28 +41,64 @@ class KnownValues(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
         kwargs = kwargs or {}
         if isinstance(func, HigherOrderOperator):
             return func(*args, **kwargs)
+        if func in INDEXED:
+            args = (args[0], [i for index in args[1] for i in self._places(index)], *args[2:])
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         is_known = all(self._value(x) is not None for x in tensors)
         if func is READ and is_known:
             return self._computed(func, args, kwargs)
-        out = func(*args, **kwargs)
+        if is_known and torch.Tag.dynamic_output_shape in func.tags:  # values decide, and are known
+            out = pytree.tree_map_only(Tensor, _without_values, self._computed(func, args, kwargs))
+        else:
+            out = func(*args, **kwargs)
         if is_known and _can_repeat(func, out):
             values = pytree.tree_leaves(self._computed(func, args, kwargs))
             for tensor, value in zip(pytree.tree_leaves(out), values, strict=True):
                 tensor.known = self._era, value
-        elif any(self._value(x) is not None for x in tensors) and func._schema.is_mutable:
-            self._era += 1
+        elif func._schema.is_mutable:
+            self._era += any(self._value(x) is not None for x in _written(func, args, kwargs))
         return out
+
+    def keep(self, tensor: Tensor, own: Tensor) -> None:
+        """Keep the numbers of `own` for its copy without storage, if those are few integers."""
+        if own.numel() <= MOST_ELEMENTS and not (own.is_floating_point() or own.is_complex()):
+            with fake_tensor.unset_fake_temporarily():
+                values = own.detach().to(CPU, copy=True)
+            tensor.known = self._era, values  # type: ignore[attr-defined]  # set as in dispatch
 
     def _value(self, tensor: Tensor) -> Tensor | None:
         era, value = getattr(tensor, "known", (-1, None))
         return value if era == self._era else None
+
+    def _places(self, index: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return an index, or the places that a known mask chooses: how many is a shape then."""
+        mask = None if index is None else self._value(index)
+        if mask is None or mask.dtype is not torch.bool:
+            return (index,)
+        with fake_tensor.unset_fake_temporarily():
+            chosen = mask.nonzero(as_tuple=True)
+        places = tuple(map(_without_values, chosen))
+        for place, values in zip(places, chosen, strict=True):
+            self.keep(place, values)
+        return places
 
     def _computed(self, func: Any, *inputs: Any) -> Any:  # Any: torch's own protocol
         inputs = pytree.tree_map_only(Tensor, self._value, inputs)
         args, kwargs = pytree.tree_map_only(torch.device, lambda _: CPU, inputs)
         with fake_tensor.unset_fake_temporarily():
             return func(*args, **kwargs)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors that an operation writes into."""
+    own = func._schema.arguments  # Any: torch's, as what it is given
+    given = dict(zip((argument.name for argument in own), args, strict=False)) | kwargs
+    changed = [given.get(a.name) for a in own if a.alias_info is not None and a.alias_info.is_write]
+    return [x for x in pytree.tree_leaves(changed) if isinstance(x, Tensor)]
+
+
+def _without_values(value: Tensor) -> Tensor:
+    return torch.empty_like(value, device="meta")
 
 
 def _can_repeat(func: Any, out: Any) -> bool:  # Any: torch's own

@@ -5,6 +5,8 @@ any size is captured in the memory of its module tree. Nothing is computed, henc
 whether two steps agree bit for bit is not known. Shapes alone decide what can run in FP8; the
 target's profile has the last word (`predict`).
 
+What a batch has of integers keeps its values (`known.py`): masks and labels decide shapes.
+
 The meta tensors are `FakeTensor`s: transformers looks at values of plain meta tensors (is a batch
 packed?), which fails, and does not at those of fake ones.
 """
@@ -66,11 +68,11 @@ def capture_on_meta(
     check_batches(workload, seed=seed)
     drawn = take_batches(workload, seed=seed, count=shapes.SCANNED_BATCHES)
     progress("capture on meta", 0, 3)
-    with _without_storage():
+    with _without_storage() as values:
         with fake_tensor.unset_fake_temporarily():  # `Module.to` cannot take fake parameters
             model = workload.build_model(seed=seed)
         model = _moved_to_meta(model)
-        batches = [_batch_on_meta(batch) for batch in drawn]
+        batches = [_batch_on_meta(batch, values) for batch in drawn]
         with _seeded_noted() as seeded:
             workload.loss_fn(model, batches[0])
         progress("capture on meta", 1, 3)
@@ -127,13 +129,14 @@ def _moved_to_meta(model: nn.Module) -> nn.Module:
     return model
 
 
-def _batch_on_meta(batch: Batch) -> Batch:
+def _batch_on_meta(batch: Batch, values: KnownValues) -> Batch:
     """Move a batch; a copy to another device is contiguous, so views get their strides back."""
     moved = move_batch(batch, META)
     for own, copy in zip(tensors_in(batch), tensors_in(moved), strict=True):
         if copy.stride() != own.stride():
             strided = torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device=META)
             copy.set_(strided)  # type: ignore[call-overload]  # torch's stub lacks tensors
+        values.keep(copy, own)
     return moved
 
 
@@ -187,14 +190,14 @@ def _seeded_noted() -> Iterator[list[bool]]:
 
 
 @contextmanager
-def _without_storage() -> Iterator[None]:
+def _without_storage() -> Iterator[KnownValues]:
     """Make every tensor a fake one on meta, and say what to do where code wants values."""
     its_log = logging.getLogger("torch._subclasses.fake_tensor")  # it logs the traceback as well
     level = its_log.level
     its_log.setLevel(logging.CRITICAL)
     try:
-        with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True), META, KnownValues():
-            yield
+        with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True), META, KnownValues() as values:
+            yield values
     except WorkloadError as error:
         cause = error.__cause__
         looked_at_values = isinstance(cause, LOOKED_AT_VALUES) or "meta" in str(cause).lower()

@@ -67,8 +67,9 @@ def expected_gap(sensitivity: Sensitivity, grad_error: float | None, steps: int)
         reason = "the plan's gradient error is not known"
     elif steps > FARTHEST * LONGEST_STEPS:
         reason = (
-            f"how a gap grows was measured over runs of up to {LONGEST_STEPS} steps, which says "
-            f"nothing about more than {FARTHEST * LONGEST_STEPS}"
+            f"how a gap grows was measured over runs of up to {LONGEST_STEPS:,} steps, which says "
+            f"nothing about more than {FARTHEST * LONGEST_STEPS:,}; the budget of errors takes it "
+            "to grow on as it did"
         )
     if grad_error is None or reason:
         return ExpectedGap(
