@@ -93,7 +93,7 @@ def test_an_expected_gap_has_an_interval_that_widens_with_the_run() -> None:
 @pytest.mark.parametrize(
     ("grad_error", "steps", "reason"),
     [
-        (0.01, 10**6, "runs of up to 2000 steps"),
+        (0.01, 10**6, "runs of up to 2,000 steps"),
         (None, 300, "gradient error is not known"),
     ],
 )
