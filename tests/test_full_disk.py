@@ -161,3 +161,16 @@ def test_a_schedulers_end_is_an_interrupt_and_not_a_layers_fault() -> None:
     with pytest.raises(KeyboardInterrupt), terminated_as_interrupted():
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_a_script_forks_ends_by_the_signal_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool ends its workers so; each of them wrote a traceback."""
+    got: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: got.append(number))
+    try:
+        with terminated_as_interrupted():
+            monkeypatch.setattr("os.getpid", lambda: 1)
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert got == [signal.SIGTERM]

@@ -177,6 +177,34 @@ def test_a_penalty_on_the_slope_at_the_inputs_is_repeated(tmp_path: Path) -> Non
     assert all(constant.grad is None for constant in batch.constants)
 
 
+def test_an_autograd_function_between_output_and_loss_is_repeated(tmp_path: Path) -> None:
+    """A reversed gradient, as of an adversarial domain; the function may write behind versions."""
+    function = """
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, factor, scratch):
+        ctx.factor, scratch.data[:] = factor, x
+        return x.view_as(x)
+    @staticmethod
+    def backward(ctx, gradient):
+        return -ctx.factor * gradient, None, None
+reverse, scratch = Reversed.apply, torch.empty(16, 16)
+"""
+    before = vars(torch.autograd.Function)["apply"]
+    body = LOOP.replace("model(x)", "reverse(model(x), 0.5, scratch)")
+    workload = record(tmp_path, HEAD + function + body)
+    assert vars(torch.autograd.Function)["apply"] is before
+    plain = record(tmp_path, HEAD + LOOP)
+    gradients = []
+    for each in (workload, plain):
+        model = each.build_model()
+        torch.manual_seed(3)
+        loss = each.loss_fn(model, each.eval_batches()[0])
+        gradients.append(torch.autograd.grad(loss, [*model.parameters()]))
+    for reversed_, usual in zip(*gradients, strict=True):
+        torch.testing.assert_close(reversed_, -0.5 * usual)
+
+
 def test_weights_that_a_later_step_thaws_are_trained_in_all(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -364,6 +392,26 @@ engine = Engine(model)
     wrapped = record(tmp_path, HEAD + engine + LOOP.replace("model(x)", "engine(x)"))
     assert type(wrapped.build_model()).__name__ == "Net"
     assert first_loss(wrapped) == first_loss(plain)
+
+
+def test_what_a_solver_makes_around_the_model_at_each_call_is_not_the_model(tmp_path: Path) -> None:
+    solver = """
+class Wrapper(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+    def forward(self, x):
+        return self.inner(x)
+def solve(function, x):
+    function = Wrapper(Wrapper(function))
+    return function(x)
+"""
+    plain = record(tmp_path, HEAD + LOOP)
+    wrapped = record(tmp_path, HEAD + solver + LOOP.replace("model(x)", "solve(model, x)"))
+    assert type(wrapped.build_model()).__name__ == "Net"
+    assert first_loss(wrapped) == first_loss(plain)
+    own = record(tmp_path, HEAD + solver + "model = Wrapper(model)\n" + LOOP)
+    assert type(own.build_model()).__name__ == "Wrapper"
 
 
 def test_a_model_that_fsdp_shards_in_one_process_is_recorded_whole(tmp_path: Path) -> None:
@@ -625,6 +673,11 @@ REFUSALS = {
         "loss = F.cross_entropy(unnamed[0](model(x)), y)",
         "models that are variables of the script, but it calls Net and Linear",
     ),
+    "models that take turns": (
+        "optimizer.step()",
+        "optimizer.step(); (other(x[:, :16]).sum() + model(x).sum()).backward()",
+        "but Linear is called after a step of Net alone, as an actor and its critic or the two",
+    ),
     "no backward": ("loss.backward()", "pass", "neither was seen"),
     "two backward passes": (
         "loss.backward()",
@@ -672,7 +725,7 @@ REFUSALS = {
     "another's weights": ("optimizer.step()", "others.step()", "has others"),
     "an unseen function": (
         "loss = F.cross_entropy(model(x), y)",
-        "loss = Doubled.apply(model(x)).sum()",
+        "loss = Doubled.apply(model(x), len).sum()",
         "DoubledBackward, of an autograd function of its own",
     ),
     "a learned weight of the loss": (
@@ -735,11 +788,11 @@ class Apart(nn.Module):
         return F.linear(x, self.weights["kernel"])
 class Doubled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x, function):
         return 2 * x
     @staticmethod
     def backward(ctx, gradient):
-        return 2 * gradient
+        return 2 * gradient, None
 shift = [0]
 Net.forward_ = Net.forward
 def forward(self, x):

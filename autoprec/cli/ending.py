@@ -78,9 +78,13 @@ def drop_output() -> None:
 @contextmanager
 def terminated_as_interrupted() -> Iterator[None]:
     """End by SIGTERM, a scheduler's, as by Ctrl-C: what is in flight is not taken for deadly."""
+    process = os.getpid()
 
     def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
+        if os.getpid() == process:
+            raise KeyboardInterrupt
+        signal.signal(number, before)  # of what a script forks, as a pool that ends its workers
+        signal.raise_signal(number)
 
     if is_launched():  # a rank may wait for others in a collective, and torchrun ends all at once
         yield

@@ -5,13 +5,14 @@ import traceback
 import weakref
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
+from types import FrameType
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from autoprec.integrations.launch.script import run_script
-from autoprec.model.layers import unwrapped
+from autoprec.model.layers import find_layers, unwrapped
 from autoprec.workload.optimizers import trained_by
 
 Part = nn.Module | nn.Parameter
@@ -32,6 +33,22 @@ def copies_refusal(optimizer: Optimizer) -> str:
     return (
         f"{type(optimizer).__name__} trains tensors that no module holds, such as the copies that "
         "DeepSpeed's ZeRO makes: set its stage to 0 (without bf16), or shard by fully_shard"
+    )
+
+
+def apart_refusal(model: nn.Module, other: nn.Module, *, is_late: bool) -> str:
+    """Say why another model is not trained as one with `model`; `is_late`: after its first step."""
+    name, own = type(model).__name__, type(other).__name__
+    if not find_layers(other):
+        return f"a layer must hold its own weights, but {own} has them elsewhere, as in Keras"
+    if is_late:
+        return (
+            f"each step must train all models, but {own} is called after a step of {name} alone, "
+            "as an actor and its critic or the two of a GAN take turns"
+        )
+    return (
+        "what is trained must be one model, or models that are variables of the script, but it "
+        f"calls {name} and {own}"
     )
 
 
@@ -67,27 +84,55 @@ def is_joined(module: nn.Module) -> bool:
     return module in _JOINED
 
 
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether it is no model of the script's, but one around it that hands calls on.
+
+    So are Fabric's and DeepSpeed's engine, which call it `module`, and what a library's function
+    makes of a model that its caller knows (a solver's, new at each call).
+    """
+    inner = getattr(module, "module", None)
+    if isinstance(inner, nn.Module) and {*module.parameters()} == {*inner.parameters()}:
+        return True
+    around = [module]
+    while len(children := [*around[-1].children()]) == 1 and not around[-1]._parameters:
+        around += children
+    known = ([id(each) in names for each in around] for names in map(_held, _frames()))
+    return len(around) > 1 and not next(filter(any, known), [True])[0]
+
+
 def _variables() -> dict[int, str]:
     """Return the script's names of modules, by id: its variables, what its objects and dicts hold.
 
     Those of the outermost function count: they are the same ones wherever in it they are asked for.
     """
     names: dict[int, str] = {}
+    for frame in _frames():
+        for key, name in _held(frame).items():
+            names.setdefault(key, name)
+    return names
+
+
+def _frames() -> list[FrameType]:
+    """Return the functions of the script and its libraries that run, outermost first."""
     frames = []
     for frame, _ in traceback.walk_stack(None):
         if frame.f_code is run_script.__code__:
             break
-        frames.append(frame)
-    for frame in reversed(frames):
-        if str(frame.f_globals.get("__name__")).partition(".")[0] in ("autoprec", "torch"):
-            continue
-        for name, value in frame.f_locals.items():
-            is_module = issubclass(type(value), nn.Module)  # isinstance would wake lazy proxies
-            held = value if type(value) is dict else getattr(value, "__dict__", {})
-            inner: dict[str, Any] = {name: value} if is_module else held
-            for own, module in inner.items() if type(inner) is dict else ():
-                if issubclass(type(module), nn.Module):
-                    names.setdefault(id(unwrapped(module, parallel=True)), str(own))
+        if str(frame.f_globals.get("__name__")).partition(".")[0] not in ("autoprec", "torch"):
+            frames.append(frame)
+    return frames[::-1]
+
+
+def _held(frame: FrameType) -> dict[int, str]:
+    """Return the names of modules in a running function, by id."""
+    names: dict[int, str] = {}
+    for name, value in frame.f_locals.items():
+        is_module = issubclass(type(value), nn.Module)  # isinstance would wake lazy proxies
+        held = value if type(value) is dict else getattr(value, "__dict__", {})
+        inner: dict[str, Any] = {name: value} if is_module else held
+        for own, module in inner.items() if type(inner) is dict else ():
+            if issubclass(type(module), nn.Module):
+                names.setdefault(id(unwrapped(module, parallel=True)), str(own))
     return names
 
 

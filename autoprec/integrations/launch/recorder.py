@@ -28,7 +28,14 @@ from torch.optim import optimizer as step_hooks
 from autoprec.common.text import error_line
 from autoprec.device.ranks import world_size
 from autoprec.errors import WorkloadError
-from autoprec.integrations.launch.alive import copies_refusal, is_joined, join, smallest_with
+from autoprec.integrations.launch.alive import (
+    apart_refusal,
+    copies_refusal,
+    is_joined,
+    is_wrapper,
+    join,
+    smallest_with,
+)
 from autoprec.integrations.launch.calls import FirstCall, RecordedBatch, RecordedCall, SeenCall
 from autoprec.integrations.launch.optimizers import SeenOptimizer
 from autoprec.integrations.launch.patches import Function, patched
@@ -42,7 +49,7 @@ from autoprec.integrations.launch.weights import (
     has_grad,
     sum_of_weights,
 )
-from autoprec.model.layers import find_layers, unwrapped
+from autoprec.model.layers import unwrapped
 from autoprec.model.local_copy import REFUSALS, copy_model, is_divided
 from autoprec.runtime.masters import ON_MODEL
 from autoprec.runtime.shards import kept_gradients
@@ -87,7 +94,7 @@ class Recorder:
         """Follow what runs in this context."""
         with (
             torch.compiler.set_stance("force_eager"),  # a tape sees no call of a compiled graph
-            self._mode,
+            self._mode.everywhere(),
             patched(nn.Module, "__call__", self._around_call),
             patched(torch.autograd, "backward", self._around_backward),
             patched(nn.utils, "clip_grad_norm_", self._around_clip),
@@ -110,7 +117,7 @@ class Recorder:
         # a parametrized weight is made where it is read, as at its registration
         if not is_training or isinstance(module, ParametrizationList):
             return call(module, *args, **kwargs)
-        if _is_wrapper(unwrapped(module, parallel=True)):
+        if is_wrapper(unwrapped(module, parallel=True)):
             return call(module, *args, **kwargs)
         if not any(p.requires_grad for p in module.parameters()):
             return call(module, *args, **kwargs)
@@ -173,18 +180,12 @@ class Recorder:
         """Take the first model that is called; others must be parts of it, or it of them."""
         if self.model is None:
             self.model = model
-        elif not any(part is model for part in self.model.modules()):
-            names = f"{type(self.model).__name__} and {type(model).__name__}"
-            if not self._widen([model]):
-                if type(model) is type(self.model) and self.steps > 1:
-                    raise StopScript  # the next fold, or the same run resumed: the first has ended
-                own = type(model).__name__
-                self.refuse(
-                    f"a layer must hold its own weights, but {own} has them elsewhere, as in Keras"
-                    if not find_layers(model)
-                    else "what is trained must be one model, or models that are variables of the "
-                    f"script, but it calls {names}"
-                )
+            return
+        is_part = any(part is model for part in self.model.modules())
+        if not is_part and not self._widen([model]):
+            if type(model) is type(self.model) and self.steps > 1:
+                raise StopScript  # the next fold, or the same run resumed: the first has ended
+            self.refuse(apart_refusal(self.model, model, is_late=bool(self.optimizers)))
 
     def _begin_calls(self, number: int, is_compiled: bool) -> None:
         """See to a call on inputs of its own: all before it may have been on trial."""
@@ -442,9 +443,3 @@ class Recorder:
             )
             for calls, tape in self.batches
         ]
-
-
-def _is_wrapper(module: nn.Module) -> bool:
-    """Whether it only hands its calls to its `module`: Fabric's, DeepSpeed's engine."""
-    inner = getattr(module, "module", None)
-    return isinstance(inner, nn.Module) and {*module.parameters()} == {*inner.parameters()}

@@ -15,16 +15,18 @@ What is computed without the output is a constant. Numbers that a script takes o
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from types import EllipsisType, NoneType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import Function as AutogradFunction
 from torch.fx.node import map_aggregate, map_arg
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from autoprec.errors import WorkloadError
 from autoprec.integrations.launch.patches import Function
@@ -36,6 +38,7 @@ from autoprec.workload.written import LOW_PRECISION
 Value = Any  # Any: whatever a script hands to torch or a model returns
 READ_GRADIENT = getattr(Tensor.grad, "__get__", None)  # a getter in C, which has no type
 ADD_HOOK: Function = Tensor.register_hook
+PLAIN = (Tensor, int, float, complex, str, NoneType, slice, EllipsisType, torch.dtype, torch.device)
 FACTORS: tuple[Function, ...] = (torch.mul, Tensor.mul, torch.div, Tensor.div)
 
 
@@ -67,6 +70,33 @@ class Taping(TorchFunctionMode):
         if self.tape is None:
             return func(*args, **(kwargs or {}))
         return self.tape.run(func, args, kwargs or {})
+
+    @contextmanager
+    def everywhere(self) -> Iterator[None]:
+        """Be the mode, and see autograd functions of the script too, for which torch has none."""
+        own = vars(AutogradFunction).get("apply")  # of Python, or inherited from C++
+
+        def apply(cls: type[AutogradFunction], *args: Any, **kwargs: Any) -> Value:
+            above: Any = super(AutogradFunction, cls)  # Any: torch's stubs have no apply there
+            call = above.apply if own is None else own.__get__(None, cls)
+            tape = self.tape
+            if tape is None or not all(isinstance(x, PLAIN) for x in tree_leaves((args, kwargs))):
+                return call(*args, **kwargs)  # a function or a module would hide weights
+            self.tape = None  # what is in it runs again with it
+            try:
+                return tape.run(call, args, kwargs)
+            finally:
+                self.tape = tape
+
+        AutogradFunction.apply = classmethod(apply)  # type: ignore[assignment,method-assign]
+        try:
+            with self:
+                yield
+        finally:
+            if own is None:
+                del AutogradFunction.apply
+            else:
+                AutogradFunction.apply = own  # type: ignore[method-assign]
 
 
 class Tape:
