@@ -168,6 +168,24 @@ def test_missing_file_says_what_to_give() -> None:
         load_workload("nowhere.py")
 
 
+def test_code_that_takes_fp32_alone_is_told_to_cast_where_a_plan_gives_bf16() -> None:
+    def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
+        output: Tensor = model(batch.to(next(model.parameters()).dtype))
+        if output.dtype is not torch.float32:  # as operators of somebody's do
+            raise RuntimeError("expected scalar type Float but found BFloat16")
+        return output.sum()
+
+    workload = workload_with(loss_fn=loss_fn)
+    model = workload.build_model(seed=0)
+    (batch,) = take_batches(workload, seed=0, count=1)
+    workload.loss_fn(model, batch)
+    with pytest.raises(WorkloadError, match=r"it ran in FP32, .* as in op\(x\.float\(\)\)"):
+        workload.loss_fn(model.bfloat16(), batch)
+    own = workload_with(loss_fn=loss_fn, build_model=lambda: nn.Linear(2, 2).bfloat16())
+    with pytest.raises(WorkloadError, match=r"found BFloat16$"):  # nothing that a plan did
+        own.loss_fn(own.build_model(seed=0).bfloat16(), batch)
+
+
 def test_finite_training_batches_start_over() -> None:
     batches = take_batches(workload_with(), seed=3, count=4)
     assert [float(batch[0, 0]) for batch in batches] == [3.0] * 4

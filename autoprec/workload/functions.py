@@ -225,8 +225,16 @@ class Workload:
 
     def written_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the scalar, floating loss of one batch, run as the user does."""
-        with self.written.around(model):
-            loss = self._call("loss_fn(model, batch)", Tensor, "a scalar tensor", model, batch)
+        try:
+            with self.written.around(model):
+                loss = self._call("loss_fn(model, batch)", Tensor, "a scalar tensor", model, batch)
+        except WorkloadError as error:
+            if self.written.dtypes or all(p.dtype not in LOW_PRECISION for p in model.parameters()):
+                raise
+            raise WorkloadError(
+                f"{error}; it ran in FP32, and a plan's layers give BF16: cast before what takes "
+                "FP32 alone, as in op(x.float())"
+            ) from error
         if loss.numel() != 1 or not loss.is_floating_point():
             raise WorkloadError(
                 "loss_fn(model, batch) must return a scalar floating tensor, but it returned shape "
