@@ -136,7 +136,7 @@ def test_columns_and_rows_are_split_by_role() -> None:
 
 
 def test_a_degree_that_does_not_divide_is_an_error_with_the_layer() -> None:
-    with pytest.raises(DeviceError, match=r"layers\.0\.attn\.q_proj has N=4096 and tp=3"):
+    with pytest.raises(DeviceError, match=r"q_proj has N=4096 and tp=3; .* to 4128$"):
         predicted("tp=3")
 
 

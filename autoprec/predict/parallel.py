@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from autoprec.common.recipes import Recipe
 from autoprec.common.text import first_and_more
 from autoprec.errors import DeviceError
+from autoprec.model.options import FP8_MULTIPLE
 from autoprec.model.roles import COLUMN_ROLES, KEY_VALUE_ROLES, ROW_ROLES, Role, role_of
 from autoprec.records.devices import Machine
 from autoprec.records.model import GemmShape, LayerKind, LayerSpec, Option
@@ -103,9 +104,11 @@ def shard_gemm(layer: LayerSpec, parallel: Parallel) -> GemmShape:
         return gemm
     size = getattr(gemm, axis)
     if size % parallel.tp:
+        step = parallel.tp * FP8_MULTIPLE
         raise DeviceError(
             f"tp must divide the layers that it splits, but {layer.name} has {axis}={size} and "
-            f"tp={parallel.tp}; choose a degree that divides it"
+            f"tp={parallel.tp}; choose a degree that divides it, or pad it to "
+            f"{-(-size // step) * step}"
         )
     if layer.heads and layer.heads % parallel.tp:  # it would cut through an attention head
         is_shared = role_of(layer) in KEY_VALUE_ROLES
