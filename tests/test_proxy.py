@@ -192,6 +192,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> autoprec.Run:
         f"{MODELS}:large",
         proxy=f"{MODELS}:small",
         out=tmp_path_factory.mktemp("proxy"),
+        run_steps=500,
         **SHORT,
         **ON_H100,
     )
@@ -213,6 +214,10 @@ def test_the_plan_is_for_the_model_and_proven_on_the_proxy(run: autoprec.Run) ->
     assert run.plan.certificate.proxy == proof.proxy
     assert sum(layer.option.is_fp8 for layer in run.plan.layers) > 0
     assert run.exit_code == 0
+    # the gap that the budget holds is the one that the proof tells
+    assert proof.expected_gap is not None
+    assert run.plan.expected_gap is not None
+    assert proof.expected_gap.mean == pytest.approx(run.plan.expected_gap.mean)
     # the proxy's folder is a run's
     carried = Plan.load(folder / "proxy" / "plan.json")
     assert carried.digest == proof.proxy.plan
@@ -229,7 +234,7 @@ def test_a_finished_run_is_resumed_without_training(
 
     monkeypatch.setattr("autoprec.verification.verify_plans", fail)
     monkeypatch.setattr("autoprec.sensitivity.measure.measure_sensitivity", fail)
-    given = {**ON_H100, **SHORT, "proxy": f"{MODELS}:small", "resume": True}
+    given = {**ON_H100, **SHORT, "proxy": f"{MODELS}:small", "run_steps": 500, "resume": True}
     again = autoprec.tune(f"{MODELS}:large", out=run.settings.out, **given)
     assert again.plan == run.plan
 

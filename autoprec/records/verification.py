@@ -81,6 +81,13 @@ class ExpectedGap(Record):
     basis: Basis = Basis.PREDICTED
     reason: str = ""
 
+    def times(self, factor: float) -> "ExpectedGap":
+        """Return what is expected with so many times the gradient error: a gap is in proportion."""
+        gaps = {"mean": self.mean, "low": self.low, "high": self.high}
+        return self.model_copy(
+            update={name: gap if gap is None else gap * factor for name, gap in gaps.items()}
+        )
+
 
 class Branch(Record):
     """One branch of one seed: a candidate trained from the common checkpoint and evaluated in FP32.

@@ -102,10 +102,14 @@ def _of_model(
         verdict = Verdict.INCONCLUSIVE
         said = TOO_MILD.format(shown=facts.grad_error, claimed=facts.model_grad_error)
         notes = (said, *notes)
+    expected = found.expected_gap
+    if expected and facts.grad_error and facts.model_grad_error is not None:
+        expected = expected.times(facts.model_grad_error / facts.grad_error)
     return found.model_copy(
         update={
             "plan": plan.digest,
             "verdict": verdict,
+            "expected_gap": expected,
             "refuted_plans": tuple(of_model[options] for options in found.refuted_plans),
             "notes": notes,
             "proxy": facts,
