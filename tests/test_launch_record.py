@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import math
 from itertools import islice
 from pathlib import Path
@@ -55,10 +56,11 @@ def recorded(workload: Workload) -> list[RecordedBatch]:
 
 
 def test_what_a_script_switches_on_for_its_process_is_off_behind_it(tmp_path: Path) -> None:
-    body = (
-        HEAD + "torch.autograd.set_detect_anomaly(True)\ntorch.set_default_device('cpu')\n" + LOOP
-    )
-    record(tmp_path, body)
+    switches = "torch.autograd.set_detect_anomaly(True)\ntorch.set_default_device('cpu')\n"
+    switches += "import logging\nlogging.getLogger().setLevel(1)\n"
+    level = logging.getLogger().level
+    record(tmp_path, HEAD + switches + LOOP)
+    assert logging.getLogger().level == level  # libraries tell of their locks at the lowest
     assert not torch.is_anomaly_enabled()  # every stage would take half as long again
     assert torch.utils._device.CURRENT_DEVICE is None
 
@@ -412,6 +414,10 @@ def solve(function, x):
     assert first_loss(wrapped) == first_loss(plain)
     own = record(tmp_path, HEAD + solver + "model = Wrapper(model)\n" + LOOP)
     assert type(own.build_model()).__name__ == "Wrapper"
+    apart = APART.replace("class Trainer", f"{solver}class Trainer").replace("BEFORE", "pass")
+    apart = apart.replace("self.head(self.body(x))", "solve(self.head, self.body(x))")
+    names = [name for name, _ in record(tmp_path, apart).build_model().named_children()]
+    assert names == ["body", "head"]
 
 
 def test_a_model_that_fsdp_shards_in_one_process_is_recorded_whole(tmp_path: Path) -> None:

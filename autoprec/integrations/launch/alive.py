@@ -93,11 +93,18 @@ def is_wrapper(module: nn.Module) -> bool:
     inner = getattr(module, "module", None)
     if isinstance(inner, nn.Module) and {*module.parameters()} == {*inner.parameters()}:
         return True
+    return _known_inside(module) is not module
+
+
+def _known_inside(module: nn.Module) -> nn.Module:
+    """Return what the outermost function that knows it knows of a module and the one inside it."""
     around = [module]
     while len(children := [*around[-1].children()]) == 1 and not around[-1]._parameters:
         around += children
-    known = ([id(each) in names for each in around] for names in map(_held, _frames()))
-    return len(around) > 1 and not next(filter(any, known), [True])[0]
+    for names in map(_held, _frames() if len(around) > 1 else ()):
+        if known := [each for each in around if id(each) in names]:
+            return known[0]
+    return module
 
 
 def _variables() -> dict[int, str]:
@@ -143,7 +150,7 @@ def _roots(parts: Iterable[Part]) -> Iterator[nn.Module]:
         held = part.children() if isinstance(part, nn.Module) and is_joined(part) else [part]
         for found in (found for own in held for found in _within(own, parents)):
             if not is_joined(found) and all(map(is_joined, parents[id(found)])):
-                yield unwrapped(found, parallel=True)
+                yield _known_inside(unwrapped(found, parallel=True))
 
 
 def _parents() -> defaultdict[int, list[nn.Module]]:

@@ -131,13 +131,14 @@ def _enter(name: str, args: tuple[str, ...], *, folder: str) -> None:
 def _own_logging() -> Iterator[None]:
     """Give the root logger to the script, which may configure it; keep ours for our messages."""
     root, own = logging.getLogger(), logging.getLogger("autoprec")
-    handlers = root.handlers[:]
+    handlers, level = root.handlers[:], root.level
     root.handlers[:], own.handlers[:], own.propagate = [], [*own.handlers, *handlers], False
     try:
         yield
     finally:
         own.handlers[:] = [handler for handler in own.handlers if handler not in handlers]
         root.handlers[:], own.propagate = handlers, True
+        root.setLevel(level)
 
 
 def _script_frames(trace: TracebackType | None) -> TracebackType | None:
