@@ -563,6 +563,7 @@ def test_an_optimizer_of_optimizers_is_one(tmp_path: Path) -> None:
         ("nn.utils.clip_grad_norm_(model.head.parameters(), 1e-3)", True),
         ("nn.utils.clip_grad_norm_(model.parameters(), 1e-3)", False),
         ("[p.grad.mul_(0.5) for p in model.parameters()]", False),
+        ("[p.grad.mul_(1e-4 / p.grad.norm()) for p in model.parameters()]", True),
     ],
 )
 def test_gradients_that_a_script_changes_are_told(
@@ -570,6 +571,8 @@ def test_gradients_that_a_script_changes_are_told(
 ) -> None:
     record(tmp_path, HEAD + LOOP.replace("optimizer.step()", f"{change}; optimizer.step()"))
     assert ("changes gradients before a step" in caplog.text) is is_told
+    if "1e-4" in change:
+        assert "takes one of 8.3e-05 times the norm" in caplog.text
 
 
 def test_gradients_that_are_zeroed_before_backward_are_not_the_losss(tmp_path: Path) -> None:

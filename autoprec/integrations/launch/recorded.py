@@ -185,10 +185,12 @@ def _around_steps(recorder: Recorder, optimizers: Sequence[SeenOptimizer]) -> di
     found: dict[str, Any] = {"accumulation_steps": recorder.micro_steps}  # Any: as above
     if recorder.clip_norm is not None:
         found["clip_norm"] = recorder.clip_norm
-    if recorder.changes_gradients:
+    if recorder.takes_of_norm is not None:
         logger.warning(
             "the script changes gradients before a step otherwise than by clip_grad_norm_ of all "
-            "(clips values, adds noise): that is not followed, tuning trains without it"
+            "(clips values, adds noise, LARC): its first step takes one of %.2g times the norm; "
+            "that is not followed, tuning trains without it at the script's learning rate",
+            recorder.takes_of_norm,
         )
     schedules = [each.schedule for each in optimizers if each.schedule is not None]
     for each in optimizers:

@@ -71,7 +71,7 @@ class Recorder:
         self.first: FirstCall | None = None
         self.optimizers: dict[Optimizer, SeenOptimizer] = {}  # the script's own
         self.clip_norm: float | None = None
-        self.changes_gradients = False  # before a step, otherwise than by scaling them
+        self.takes_of_norm: float | None = None  # a first step whose gradient is not just scaled
         self.batches: list[tuple[dict[int, SeenCall], Tape]] = []
         self.losses: list[float] = []
         self.first_norm = math.nan  # of the first batch's gradient
@@ -400,7 +400,9 @@ class Recorder:
         if not self.optimizers:
             self.micro_steps = len(self.batches) - self._batches_before
             now = gradient_norms(self.model) if self.model is not None else {}
-            self.changes_gradients = not are_scaled(self._norms, now)
+            if not are_scaled(self._norms, now):
+                before = math.hypot(*self._norms.values())
+                self.takes_of_norm = math.hypot(*now.values()) / before if before else math.inf
         if self.model is not None and self.first is not None:
             self.optimizers[optimizer] = SeenOptimizer(optimizer, self.model, self.first.model)
 
