@@ -10,6 +10,7 @@ from autoprec.records import (
     FrontPoint,
     Gemm,
     GemmShape,
+    LayerKind,
     LayerTiming,
     Operand,
     OperandStatistics,
@@ -416,6 +417,9 @@ def test_a_model_whose_linears_are_ineligible_says_why() -> None:
     assert plan.notes[0].endswith("no FP8 option was profiled")
     _, plan = planned((replaced_layer(profile, linear("router", 32, 32, 10)), sensitivity))
     assert "none of the linear layers can take it (1 of them: N=10 is not" in plan.notes[0]
+    other = linear("router", 32, 32, 32).model_copy(update={"kind": LayerKind.OTHER})
+    _, plan = planned((replaced_layer(profile, other), sensitivity))
+    assert plan.notes[0].endswith("no layer is a linear with one weight matrix")
 
 
 def test_a_plan_that_is_slower_than_bf16_for_its_error_says_so() -> None:

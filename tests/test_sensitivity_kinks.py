@@ -152,11 +152,14 @@ def routed() -> Reference:
 def test_moved_passes_keep_the_experts_of_the_reference() -> None:
     reference = routed()
     cells = list_cells(reference.spec, None)
-    probes = probe_batches(reference, cells, probes=1)
+    probes = probe_batches(reference, cells, probes=2)
     assert not any(probe.unseen for probe in probes)
     steps = probes[0].steps
     assert steps is not None
     assert steps.jumps > 0.0  # some rows go elsewhere where the choice is free
+    jumps = [jump for probe in probes for jump in probe.jumps]
+    assert len(jumps) == 2 * len(reference.batches)  # few in one pass: the mean of all
+    assert steps.jumps == pytest.approx(statistics.fmean(jumps))
     # all layers up to the router move its choice, none behind it do
     assert steps.choices == {
         name: float(name in ("0", "1.router")) for name in reference.spec.names
@@ -561,6 +564,8 @@ def test_the_table_is_checked_both_ways_and_says_what_stays_outside() -> None:
     # where what was measured shows that probes guess, rows that were not are said to be guesses
     cells = [(row.name, row.option) for row in table.rows]
     said = "holds in sum, but single rows"
+    far = replace(table, tested={cells[0]: (5.0, 1e-3)})
+    assert "by a factor of 140 in the mean" in check_table(meter, far, outside=0.0).sentence
     for ratios in ((3.0, 1.0, 1.0, 0.1), (5.0,), (1.9, 1.0, 0.6, 1.0), (1.9,)):
         pairs = {c: (r * 1e-3, 1e-3) for c, r in zip(cells, ratios, strict=False)}
         tested = replace(table, refined=tuple(pairs), tested=pairs)  # on one of two batches
@@ -570,6 +575,20 @@ def test_the_table_is_checked_both_ways_and_says_what_stays_outside() -> None:
         broken = {cell: (1e3 * r, 1e3 * probed) for cell, (r, probed) in pairs.items()}
         for other in (replace(tested, tested=broken), replace(tested, exact=frozenset(cells))):
             assert check_table(meter, other, outside=0.0).sentence == ""
+
+
+def test_choices_that_several_layers_change_count_once_in_the_sum() -> None:
+    reference = prepared(nn.SiLU)
+    cells = list_cells(reference.spec, [fp8_option(Recipe.ROWWISE)])
+    table = make_table(reference, cells, Method.SIGN_CODED)
+    shared = replace(table, choices=dict.fromkeys(cells, 0.5))
+    (joint,) = check_table(JointMeter(reference), shared, outside=0.0).joint
+    rows = [
+        table.errors.get(cell, 0.0)
+        for cell in zip(reference.spec.names, joint.options, strict=True)
+    ]
+    assert joint.predicted_grad_error == pytest.approx(sum(rows))
+    assert joint.overlap == pytest.approx(0.5 * (sum(rows) - math.hypot(*rows)))
 
 
 def test_bf16_rows_are_measured_where_guesses_would_take_layers_their_bf16() -> None:

@@ -118,7 +118,8 @@ def between_layers(activations: Estimate, islands: Iterable[Island]) -> float:
 class JointMeasurement(Record):
     """The measured gradient error of a whole plan beside the sum of its rows in the table.
 
-    `overlap` is what that sum has too much, as several rows' errors cross the same kinks.
+    `overlap` is what that sum has too much, as several rows' errors cross the same kinks
+    or change the same choices.
     """
 
     label: str

@@ -90,7 +90,7 @@ def sensitivity_sentences(sensitivity: Sensitivity) -> Iterator[str]:
 def _overlap(joint: JointMeasurement) -> str:
     if joint.overlap <= 0.0:
         return ""
-    return f", of which {formats.share(joint.overlap)} counts the same kinks more than once"
+    return f", of which {formats.share(joint.overlap)} counts the same kinks and choices again"
 
 
 def recipe_costs(sensitivity: Sensitivity) -> list[tuple[str, int, float, float]]:

@@ -49,7 +49,7 @@ LEAST = 1e-12  # a gradient error below is none
 class Seen(NamedTuple):
     """A plan and its measured joint gradient error, with the standard error.
 
-    `overlap` is what several layers' kinks, counted once, are less than the table's sum.
+    `overlap` is what several layers' kinks and choices, counted once, are less than the sum.
     """
 
     options: Options

@@ -214,7 +214,9 @@ def _why_ineligible(costs: Costs) -> str:
     if refusals:
         reason, count = refusals.most_common(1)[0]
         return f"none of the linear layers can take it ({count} of them: {reason})"
-    return "no FP8 option was profiled" if linears else "the model has no linear layer"
+    return (
+        "no FP8 option was profiled" if linears else "no layer is a linear with one weight matrix"
+    )
 
 
 def _basis(prices: Iterable[Price]) -> Basis:

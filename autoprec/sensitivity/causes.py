@@ -7,7 +7,7 @@ What stands out need not hurt. Where a layer's error was measured again with eac
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from autoprec.common.text import percent
+from autoprec.common.text import percent, significant
 from autoprec.records import Operand, OperandStatistics
 
 NOTABLE = 0.01  # a fraction of underflow below this is not worth a word
@@ -93,4 +93,5 @@ def offset_of(row: OperandStatistics, least: float = OFFSET) -> str:
     ratio = row.mean_over_std or 0.0
     if ratio < least or row.operand is Operand.WEIGHT:
         return ""
-    return f"{row.operand.value}: mean {ratio:.2g}x its spread, which rounding is relative to"
+    spreads = f"{significant(ratio, 2)}x its spread"
+    return f"{row.operand.value}: mean {spreads}, which rounding is relative to"

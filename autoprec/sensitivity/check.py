@@ -4,16 +4,17 @@ FP8 wherever it goes, each layer in the first recipe that it can run, sets the t
 the sum is not within a factor of two of what was measured, rows are measured one by one, the
 largest first, until it is near: of a table that was so far off, what is left is no better.
 
-A sum may be off without a wrong row. Errors of several layers cross the same kinks of a ReLU, and
-what kinks add grows as the error's size, not its square (see kinks.py): n layers add up to
-sqrt(sum F^2) and not to sum F. And where the response has few dimensions, errors of layers have a
-sign: they cancel, or add up to more than their squares.
+A sum may be off without a wrong row. Errors of several layers cross the same kinks of a ReLU, or
+change the same choices, and what these add grows as the error's size, not its square (see
+kinks.py): n layers add up to sqrt(sum F^2) and not to sum F. And where the response has few
+dimensions, errors of layers have a sign: they cancel, or add up to more than their squares.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from autoprec.common.text import significant
 from autoprec.records import BF16_O2, Estimate, JointMeasurement
 from autoprec.sensitivity.doubts import forward_casts, is_whole, on_their_own
 from autoprec.sensitivity.islands import TOO_COARSE
@@ -107,12 +108,13 @@ def _bf16_rows(table: Table) -> tuple[dict[Cell, float], float]:
 
 
 def _summed(cells: Sequence[Cell], table: Table) -> tuple[float, float]:
-    """Return the sum of rows, and what kinks that several of them cross are less."""
-    rows = table.errors
-    # F of each row: the share that the probes found of what is now known of it
-    kinks = [table.kinks.get(cell, 0.0) * rows.get(cell, 0.0) for cell in cells]
-    total = math.fsum(rows.get(cell, 0.0) for cell in cells)
-    return total, max(math.fsum(kinks) - math.hypot(*kinks), 0.0)
+    """Return the sum of rows, and what kinks and choices that several of them change are less."""
+    rows, shared = table.errors, 0.0
+    for shares in (table.kinks, table.choices):
+        # F of each row: the share that the probes found of what is now known of it
+        added = [shares.get(cell, 0.0) * rows.get(cell, 0.0) for cell in cells]
+        shared += max(math.fsum(added) - math.hypot(*added), 0.0)
+    return math.fsum(rows.get(cell, 0.0) for cell in cells), shared
 
 
 def _single_rows(table: Table) -> str:
@@ -121,11 +123,11 @@ def _single_rows(table: Table) -> str:
     left = any(o.is_fp8 and (name, forward_casts(o)) not in known for name, o in table.errors)
     if table.method is Method.LAYERWISE or table.spread < SPREAD or not left:
         return ""
+    factor = significant(math.exp(table.spread), 2)
     return (
         "the table of gradient errors holds in sum, but single rows that were not measured on all "
         f"batches are a guess here (the {len(table.tested)} that were measured differ from the "
-        f"probes by a factor of {math.exp(table.spread):.2g} in the mean): trust plans that were "
-        "measured"
+        f"probes by a factor of {factor} in the mean): trust plans that were measured"
     )
 
 
@@ -161,7 +163,7 @@ def _unmeasured(cells: Sequence[Cell], table: Table) -> list[Cell]:
 
 
 def _sentence(ratio: float, asked: int, left: Sequence[Cell]) -> str:
-    times = f"FP8 wherever it goes: {ratio:.2g} times the joint error"
+    times = f"FP8 wherever it goes: {significant(ratio, 3)} times the joint error"
     if not left:
         times += ", with all its rows measured: errors of layers " + (
             "cancel" if ratio > 1.0 else "add up to more than their squares"

@@ -100,6 +100,8 @@ class BatchProbe:
     unseen: set[str] = field(default_factory=set)
     # the first probe at two steps; of the first batch only
     steps: TwoSteps | None = None
+    # what other choices than the reference's add to |P^(1/2) D|^2, of every probe
+    jumps: list[float] = field(default_factory=list)
 
     def add(self, key: Key, z: Tensor) -> None:
         """Add the products of one probe."""
@@ -112,7 +114,8 @@ class BatchProbe:
 def probe_batches(reference: Reference, cells: Sequence[Cell], *, probes: int) -> list[BatchProbe]:
     """Probe every batch; costs per batch and group of layers one pass and `probes` more.
 
-    The first batch is run once more at a finer step, and probed there where that shows kinks.
+    The first batch is run once more at a finer step, and probed there where that shows kinks; of a
+    model with choices every probe is run once more, with choices of its own.
 
     All layers of the spec are measured in BF16, and linears in the FP8 options of their `cells`.
     What goes through the layers of one group is held at a time, in two passes.
@@ -128,6 +131,10 @@ def probe_batches(reference: Reference, cells: Sequence[Cell], *, probes: int) -
         found.append(probed)
         reference.passes += 2 * probes  # two replays of every layer: about two passes
     progress("sensitivity: probes", total, total)
+    jumps = [jump for probed in found for jump in probed.jumps]
+    if found[0].steps is not None and jumps:  # few choices change in any one of them
+        mean = max(math.fsum(jumps) / len(jumps), 0.0)
+        found[0].steps = replace(found[0].steps, jumps=mean)
     return found
 
 
@@ -147,16 +154,19 @@ def _probe_group(
     probed.squared_norm = gradient.squared_norm
     probed.unseen |= found.unseen | choices.constant
     step = Pass(reference, index, layers, found.calls, choices, gradient, chunk, batch)
+    is_chosen = bool(choices.indices) and not probed.squares  # once, with the first group
     for probe in range(probed.probes):
         # signs of its own for each batch: what one code exaggerates, it does in all rows at once
         code = index * probed.probes + probe
         is_first = probe == index == 0
-        moved = run_moved(step, code=code, are_changes=is_first)
+        moved = run_moved(step, code=code, are_changes=is_first or is_chosen)
         products = _products_of(step, moved, options, probed, is_first=probe == 0)
         for key, z in products.items():
             probed.add(key, z)
         if is_first:
             probed.steps = _at_two_steps(step, options, probed, moved, products, code=code)
+        if is_chosen:
+            probed.jumps.append(math.fsum(run_freely(step, code=code)) - math.fsum(moved.changes))
     # one reduction for all layers and options
     own = {name: probed.parameter_errors[name] for name in layers}
     summed = iter(sum_over_ranks([value for errors in own.values() for value in errors.values()]))
@@ -187,9 +197,7 @@ def _at_two_steps(
             missed = min(moved.missed, finer.missed)
             found = TwoSteps(FINER, {}, in_order, places, are_followed=are_followed, missed=missed)
             if step.choices.indices:
-                freely = math.fsum(run_freely(step, code=code))
-                jumps = max(freely - math.fsum(moved.changes), 0.0)
-                found = replace(found, jumps=jumps, choices=step.choices.behind())
+                found = replace(found, choices=step.choices.behind())
         if found.are_kinked:
             fine = _products_of(step, finer, options, probed, is_first=False)
             own |= {key: (_square(z), _square(products[key])) for key, z in fine.items()}
