@@ -381,6 +381,16 @@ def test_record_round_trips(tokens: ModelSpec) -> None:
     assert ModelSpec.from_json(tokens.to_json()) == tokens
 
 
+def test_a_loss_made_of_gradients_is_captured_on_batches_of_several_shapes() -> None:
+    workload = workload_with(
+        build_model=lambda: nn.Linear(16, 16),
+        train_batches=lambda seed: ([torch.ones(rows, 16)] for rows in (32, 28, 32)),
+        loss_fn=slope_loss,
+    )
+    for spec in (capture_model(Context(workload, CPU)), capture_on_meta(workload)):
+        assert {each.tokens for each in spec.mix} == {32, 28}
+
+
 def test_the_mix_of_shapes_that_batches_have_is_captured_and_said() -> None:
     lengths = [8, 8, 7, 12] * 4
 

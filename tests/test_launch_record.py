@@ -240,6 +240,23 @@ def test_a_model_in_16_bit_is_measured_in_fp32_behind_its_output_too(tmp_path: P
     assert written.dtype is torch.bfloat16
 
 
+def test_what_is_written_for_no_loss_is_not_repeated(tmp_path: Path) -> None:
+    """As in an evaluation between the model's call and backward, of inputs with gradients."""
+    looks = """
+    out = model(x)
+    with torch.no_grad():
+        seen = model.first(torch.ones(2, 32, requires_grad=True))
+        seen += model.first.bias
+        half = out[:, :8]
+        half *= 2.0  # but this is
+"""
+    body = LOOP.replace("    loss = F.cross_entropy(model(x), y)\n", looks + REST)
+    workload = record(tmp_path, HEAD + body)
+    names = [str(node.target) for node in recorded(workload)[0].graph.nodes]
+    assert (sum("add_" in name for name in names), sum("mul_" in name for name in names)) == (0, 1)
+
+
+REST = "    loss = F.cross_entropy(out.clone(), y)\n"
 TRIALS = {
     "a dry run": "model(torch.zeros(2, 32))\n",
     "a part between parts that evaluate": "model.eval()\nmodel.head.train()\n"

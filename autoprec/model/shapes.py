@@ -86,15 +86,14 @@ def scan_shapes(
         return (), scanned
     mix: Counter[int] = Counter()
     for shape, count in counts.items():
-        with recorded_shapes(layers) as calls, torch.no_grad():
+        with recorded_shapes(layers) as calls:  # with gradients: a loss may take some
             forward(batches[shapes.index(shape)])
         for name, own in calls.items():
             scanned[name] += own
         linears = (c for name, c in calls.items() if is_linear(layers.modules[name]))
         mix[max((m for found in linears for m in all_tokens(found)), default=0)] += count
     for _ in range(max(map(len, every)) - len(counts)):
-        with torch.no_grad():
-            forward(batches[0])
+        forward(batches[0])
     return tuple(BatchMix(tokens=m, batches=count) for m, count in mix.items()), scanned
 
 

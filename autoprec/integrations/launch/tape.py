@@ -15,6 +15,7 @@ What is computed without the output is a constant. Numbers that a script takes o
 
 import copy
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -162,12 +163,13 @@ class Tape:
         if not written and not made:  # .item(), or a shape
             return result
         call = self.graph.call_function(function, *nodes)
-        call.meta.update(has_grad=has_grad, writes=bool(written), writes_weights=False)
+        call.meta.update(has_grad=has_grad, writes=set(), writes_weights=False)
         # a tensor that was changed in place keeps its node, of which the replay changes the value;
         # so do those that are views of the same storage
         storages = {_storage(tensor) for tensor in written}
         for known in list(self._known.values()) if written else ():
             if _storage(known.tensor) in storages:
+                call.meta["writes"].add(known.node)
                 call.meta["writes_weights"] |= "parameter" in known.node.meta
                 known.node.meta["is_written"] = True
                 self._name(known.tensor, known.node)
@@ -335,8 +337,18 @@ def _root(graph: fx.Graph) -> Any:  # Any: always a node
 
 
 def _drop_unused(graph: fx.Graph) -> None:
-    """Remove what leads to no output; calls that write in place stay, others may read from that."""
-    graph.eliminate_dead_code(lambda node: node.op == "output" or node.meta.get("writes", False))
+    """Remove what leads to no output, also through what it writes: weights, or what others read."""
+    writers: defaultdict[fx.Node, list[fx.Node]] = defaultdict(list)
+    for node in graph.nodes:
+        for written in node.meta.get("writes", ()):
+            writers[graph.output_node() if node.meta["writes_weights"] else written].append(node)
+    needed, waiting = set[fx.Node](), [graph.output_node()]
+    while waiting:
+        node = waiting.pop()
+        if node not in needed:
+            needed.add(node)
+            waiting += [*node.all_input_nodes, *writers[node]]
+    graph.eliminate_dead_code(needed.__contains__)
 
 
 def _forget_earlier_weights(graph: fx.Graph) -> None:
@@ -352,7 +364,7 @@ def _forget_earlier_weights(graph: fx.Graph) -> None:
         if node.op == "call_module" and node in needed:
             return
         if node.meta.get("writes_weights"):
-            node.meta["writes"] = False
+            node.meta["writes"] = set()
 
 
 def _storage(tensor: Tensor) -> int:
