@@ -589,6 +589,11 @@ def test_choices_that_several_layers_change_count_once_in_the_sum() -> None:
     ]
     assert joint.predicted_grad_error == pytest.approx(sum(rows))
     assert joint.overlap == pytest.approx(0.5 * (sum(rows) - math.hypot(*rows)))
+    # a search adds up rows of BF16, which are guesses: they are cut as if none were shared
+    every = replace(table, choices=dict.fromkeys(cells, 1.0))
+    least = Estimate(mean=sum(e for (_, o), e in table.errors.items() if o == BF16_O2) / 2.5)
+    cut = bf16_within(every, least).errors
+    assert sum(e for (_, o), e in cut.items() if o == BF16_O2) == pytest.approx(least.mean)
 
 
 def test_bf16_rows_are_measured_where_guesses_would_take_layers_their_bf16() -> None:

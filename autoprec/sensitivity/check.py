@@ -11,7 +11,7 @@ dimensions, errors of layers have a sign: they cancel, or add up to more than th
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from autoprec.common.text import significant
@@ -103,14 +103,17 @@ def bf16_within(table: Table, joint: Estimate) -> Table:
 def _bf16_rows(table: Table) -> tuple[dict[Cell, float], float]:
     """Return the error of each layer in BF16, and of all."""
     own = {row.cell: row.grad_error.mean for row in table.rows if row.option == BF16_O2}
-    summed, overlap = _summed(list(own), table)
+    # choices whole: most of BF16's are guesses, and a search adds rows up
+    summed, overlap = _summed(list(own), table, table.kinks)
     return own, summed - overlap
 
 
-def _summed(cells: Sequence[Cell], table: Table) -> tuple[float, float]:
-    """Return the sum of rows, and what kinks and choices that several of them change are less."""
+def _summed(
+    cells: Sequence[Cell], table: Table, *added_by: Mapping[Cell, float]
+) -> tuple[float, float]:
+    """Return the sum of rows, and what kinks or choices that several of them change are less."""
     rows, shared = table.errors, 0.0
-    for shares in (table.kinks, table.choices):
+    for shares in added_by:
         # F of each row: the share that the probes found of what is now known of it
         added = [shares.get(cell, 0.0) * rows.get(cell, 0.0) for cell in cells]
         shared += max(math.fsum(added) - math.hypot(*added), 0.0)
@@ -134,7 +137,7 @@ def _single_rows(table: Table) -> str:
 def _compared(
     cells: Sequence[Cell], table: Table, outside: float, measured: Estimate
 ) -> JointMeasurement:
-    total, overlap = _summed(cells, table)
+    total, overlap = _summed(cells, table, table.kinks, table.choices)
     return JointMeasurement(
         label="fp8_everywhere",
         options=tuple(option for _, option in cells),
