@@ -22,6 +22,7 @@ from autoprec.records import (
     Basis,
     Constraint,
     Fingerprint,
+    Island,
     LayerKind,
     ModelSpec,
     Option,
@@ -107,6 +108,24 @@ def test_a_uniform_plan_is_the_same_on_the_proxy_and_hurts_the_same() -> None:
     assert set(options_of(carried).values()) == {TENSORWISE}
     assert carried.grad_error == pytest.approx(plan.grad_error)
     assert carried.fingerprint.structure == small.structure
+
+
+@pytest.mark.parametrize("is_between", [True, False])
+def test_a_plan_pays_on_the_proxy_for_what_it_has_not_in_fp32_between_layers(
+    is_between: bool,
+) -> None:
+    small, large = stack(2), stack(8)
+    island = Island(outputs=small.names, grad_error=0.02)
+    measured = table(small, even(small)).model_copy(update={"islands": (island,)})
+    transferred = transfer_sensitivity(measured, large)
+    assert transferred.is_fp32_between
+    if not is_between:
+        transferred = transferred.without_fp32_between()
+    plan = plan_of(large, dict.fromkeys(large.names, TENSORWISE), transferred)
+    plan = plan.model_copy(update={"fp32_outputs": large.names if is_between else ()})
+    carried = carry_plan(plan, small, measured)
+    assert carried.fp32_outputs == (small.names if is_between else ())
+    assert carried.grad_error == pytest.approx(plan.grad_error)
 
 
 def test_a_part_of_the_depth_is_the_same_part_on_the_proxy() -> None:

@@ -29,9 +29,9 @@ from autoprec.records import (
 )
 from autoprec.records.cost import Timing
 from autoprec.records.model import with_gemms_hp
-from autoprec.records.sensitivity import Estimate
+from autoprec.records.sensitivity import Estimate, Island
 from autoprec.report.remarks import profile_notes
-from autoprec.search import build_plan, search_plan
+from autoprec.search import between_notes, build_plan, search_plan, sensitivity_for
 from autoprec.search.costs import Costs, make_costs
 from tests.decoder_specs import decoder, linear_layer, model_of, plain_layer
 from tests.search_tables import TYPICAL, tables_of
@@ -489,3 +489,34 @@ def test_a_layer_without_a_time_goes_to_fp32_only_for_its_error(
     chosen = dict(zip(profile.model.names, search.chosen.options, strict=True))
     assert chosen["mlp.experts"] == expected
     assert chosen["q_proj"] != FP32
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "error", "attention_flops", "is_between"),
+    [(0.01, 0.02, 1e15, False), (0.1, 0.3, 0.0, True), (0.001, 0.02, 1e15, True)],
+    ids=["not worth its time", "worth its time", "needed"],
+)
+def test_fp32_between_layers_is_for_plans_that_gain_by_it(
+    tolerance: float, error: float, attention_flops: float, is_between: bool
+) -> None:
+    spec = WIDE.model_copy(update={"product_flops": attention_flops})
+    profile = predicted("", spec)
+    unknown = unknown_sensitivity(spec)
+    rows = [row.model_copy(update={"basis": Basis.TRANSFERRED}) for row in unknown.rows]
+    island = Island(outputs=spec.names, grad_error=error)
+    found = unknown.model_copy(update={"rows": tuple(rows), "islands": (island,)})
+    constraint = Constraint(loss_tolerance=tolerance, grad_error_budget=None)
+    searched = sensitivity_for(profile, found, constraint)
+    assert searched.is_fp32_between is is_between
+    search = search_plan(profile, searched, constraint=constraint, evaluate=None, trials=0)
+    plan = build_plan(profile, searched, search, search.chosen, constraint=constraint)
+    assert plan.fp32_outputs == (spec.names if is_between else ())
+    assert plan.grad_error == pytest.approx(0.0 if is_between else error)
+    assert [*between_notes(found, searched)] == (
+        []
+        if is_between
+        else [
+            "FP32 between all layers would save a gradient error of 2.0 % (transferred), and cost "
+            "more in time than that is worth"
+        ]
+    )

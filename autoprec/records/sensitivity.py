@@ -224,6 +224,17 @@ class Sensitivity(FileRecord):
         always = set(self.fp32_always)
         return bool(always) and all(row.name in always for row in self.rows)
 
+    def without_fp32_between(self) -> "Sensitivity":
+        """Return the sensitivity of plans that have no FP32 between all layers, and pay for it.
+
+        Joint measurements had it, so they tell nothing of such plans.
+        """
+        if not self.is_fp32_between:
+            return self
+        whole = max(self.activation_error.mean, 0.0) + sum(x.grad_error for x in self.islands)
+        error = self.activation_error.model_copy(update={"mean": whole})
+        return self.model_copy(update={"islands": (), "joint": (), "activation_error": error})
+
     def row(self, name: str, option: Option) -> LayerSensitivity | None:
         """Return the row of a layer and option, or None when it was not measured."""
         return next((r for r in self.rows if r.name == name and r.option == option), None)

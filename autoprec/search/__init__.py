@@ -18,4 +18,10 @@ Imports no torch; Optuna is imported when a search begins.
 """
 
 from autoprec.search.planning import build_plan
-from autoprec.search.stage import default_trials, grad_error_budget, search_plan
+from autoprec.search.stage import (
+    between_notes,
+    default_trials,
+    grad_error_budget,
+    search_plan,
+    sensitivity_for,
+)

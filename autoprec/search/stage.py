@@ -81,6 +81,30 @@ def search_plan(
     return _search_record(study, best, profile, known, interacting, notes)
 
 
+def sensitivity_for(
+    profile: Profile, sensitivity: Sensitivity, constraint: Constraint
+) -> Sensitivity:
+    """Return the sensitivity to search with: FP32 between all layers only where that pays.
+
+    It costs a step what attention and the like take in FP32, which the profile knows, and any plan
+    pays it or none: by the tables the plan of least time to loss, with it or without, says which.
+    """
+    without = sensitivity.without_fp32_between()
+    if without is sensitivity:
+        return sensitivity
+
+    def least(found: Sensitivity) -> tuple[float, float]:
+        problem = make_problem(make_costs(profile, found), constraint)
+        problem = replace(problem, ceiling=CEILING / growth(found))
+        try:
+            (plan, _), _ = _exact_within(problem, grad_error_budget(found, constraint), None)
+        except InfeasibleError:
+            return math.inf, math.inf
+        return problem.rank(plan)
+
+    return min(sensitivity, without, key=least)
+
+
 def default_trials(layers: Sequence[LayerSpec]) -> int:
     """Return how many plans to measure beside the seeds: more where a pass takes no time."""
     work = 0.0
@@ -227,6 +251,17 @@ def grad_error_budget(sensitivity: Sensitivity, constraint: Constraint) -> float
         return 0.0  # nothing is known that could be spent: every error counts as 0, the locks hold
     steps = constraint.run_steps or HORIZON_STEPS
     return min(grad_error_budget_for(sensitivity, constraint.loss_tolerance, steps), most)
+
+
+def between_notes(sensitivity: Sensitivity, searched: Sensitivity) -> tuple[str, ...]:
+    """Return that plans have no FP32 between layers, where that was found to help, else nothing."""
+    if searched is sensitivity:
+        return ()
+    error = percent(sum(island.grad_error for island in sensitivity.islands))
+    return (
+        f"FP32 between all layers would save a gradient error of {error} "
+        f"({sensitivity_basis(sensitivity)}), and cost more in time than that is worth",
+    )
 
 
 def _ceiling_notes(sensitivity: Sensitivity, budget: float) -> list[str]:

@@ -28,7 +28,7 @@ from autoprec.tuning.plan import Plan
 from autoprec.tuning.profiling import make_profile, named_profile, rows_path
 from autoprec.tuning.proof import check_evaluate, keeper_of_warm_up, prove_plans
 from autoprec.tuning.ranks import check_launch, check_ranks, is_first, made_on_all, made_on_first
-from autoprec.tuning.searching import kept_reference, make_search
+from autoprec.tuning.searching import kept_reference, make_search, search_tables
 from autoprec.tuning.settings import NEEDS_FILE, STAGES, Settings
 
 if TYPE_CHECKING:
@@ -198,6 +198,11 @@ class Run:
         return self._staged(Sensitivity, self._make_sensitivity)
 
     @cached_property
+    def tables(self) -> tuple[Profile, Sensitivity]:
+        """What plans are made of: with FP32 between all layers where that helps and pays."""
+        return search_tables(self)
+
+    @cached_property
     def search(self) -> Search:
         """The plans that were looked at, and the one that was chosen."""
         return self._staged(Search, lambda: make_search(self))
@@ -207,9 +212,9 @@ class Run:
         """The plans to verify, best first: the chosen one, then the next on the front."""
         from autoprec.search import build_plan
 
-        tables, constraint = (self.profile, self.sensitivity), self.settings.constraint
         points = dict.fromkeys((self.search.chosen, *self.search.ranked))
-        plans = (build_plan(*tables, self.search, p, constraint=constraint) for p in points)
+        constraint = self.settings.constraint
+        plans = (build_plan(*self.tables, self.search, p, constraint=constraint) for p in points)
         return [Plan.of(plan) for plan in plans]
 
     @cached_property
@@ -218,8 +223,7 @@ class Run:
         can_train = self.proxy is not None or not self.settings.meta
         if not self.settings.verify or not can_train or "verification" not in self.stages:
             return None
-        tables = (self.profile, self.sensitivity)
-        return self._staged(Verification, lambda: prove_plans(self, self.candidates, *tables))
+        return self._staged(Verification, lambda: prove_plans(self, self.candidates, *self.tables))
 
     @cached_property
     def plan(self) -> Plan:

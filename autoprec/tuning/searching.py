@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from autoprec import __version__
 from autoprec.common.versions import software_versions
 from autoprec.errors import RecordError
-from autoprec.records import Search
+from autoprec.records import Profile, Search, Sensitivity
 from autoprec.tuning.ranks import is_launched, led_by_first
 
 if TYPE_CHECKING:
@@ -26,16 +26,28 @@ if TYPE_CHECKING:
     from autoprec.tuning.run import Run
 
 
-def make_search(run: "Run") -> Search:
-    """Return the plans that were looked at, and the chosen one; of a worker, those so far."""
-    from autoprec.search import search_plan
+def search_tables(run: "Run") -> tuple[Profile, Sensitivity]:
+    """Return the times and gradient errors that plans are made of.
 
-    profile, sensitivity, settings = run.profile, run.sensitivity, run.settings
+    Raises:
+        RecordError: they are of two models.
+    """
+    from autoprec.search import sensitivity_for
+
+    profile, sensitivity = run.profile, run.sensitivity
     if sensitivity.structure != profile.model.structure:
         raise RecordError(
             "profile and sensitivity must be of one model, but their structures are "
             f"{profile.model.structure} and {sensitivity.structure}; make both from the same file"
         )
+    return profile, sensitivity_for(profile, sensitivity, run.settings.constraint)
+
+
+def make_search(run: "Run") -> Search:
+    """Return the plans that were looked at, and the chosen one; of a worker, those so far."""
+    from autoprec.search import between_notes, search_plan
+
+    (profile, sensitivity), settings = run.tables, run.settings
     has_workload = run.is_live or settings.workload or settings.script
     can_measure = has_workload and profile.model.device != "meta" and run.proxy is None
 
@@ -49,7 +61,7 @@ def make_search(run: "Run") -> Search:
         def measure(options: "tuple[Option, ...]", batches: int) -> "Estimate":
             return ask((options, batches))
 
-        return search_plan(
+        found = search_plan(
             profile,
             sensitivity,
             constraint=settings.constraint,
@@ -62,6 +74,8 @@ def make_search(run: "Run") -> Search:
             team=_team(run) if can_measure else None,
             progress=run.progress,
         )
+        notes = (*found.notes, *between_notes(run.sensitivity, sensitivity))
+        return found.model_copy(update={"notes": notes})
 
     return led_by_first(find, lambda asked: meter().measure(*asked))
 
