@@ -541,6 +541,9 @@ def test_why_bf16_is_not_the_plan_is_part_of_the_answer() -> None:
     assert note not in found.notes
     assert ("BF16", note.removeprefix("BF16 O2 "), "") in list(answer_facts(found))
     assert summary_object(replace(run, plan=plan), "out")["bf16"] == note
+    names = [name for name, _, _ in answer_facts(found)]
+    # a page that is full has no room for what comes last
+    assert names.index("BF16") < names.index("further") < names.index("FP8")
 
 
 def test_a_plan_that_was_refuted_before_is_part_of_the_answer() -> None:

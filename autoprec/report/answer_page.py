@@ -63,10 +63,10 @@ def answer_facts(found: Summary) -> Iterator[tuple[str, str, str]]:
         ("time", _time_text(found), ""),
         ("proof", promise.sentence if has_plan else "", STYLES[promise.verdict]),
         ("refuted", found.refuted, ""),
-        ("further", promise.expectation if has_plan else "", ""),
         ("check", sensitivity.table_check if sensitivity else "", ""),
+        ("BF16", found.bf16_answer.removeprefix("BF16 O2 "), ""),  # why a faster one is no plan
+        ("further", promise.expectation if has_plan else "", ""),
         ("FP8", "" if is_said else answer.fp8.removeprefix("FP8 "), ""),
-        ("BF16", found.bf16_answer.removeprefix("BF16 O2 "), ""),
         ("kept", found.keep_answer, ""),
         ("skipped", found.passed_over, ""),
         ("layers", found.counted.partition(": ")[2], ""),
