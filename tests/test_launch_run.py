@@ -533,6 +533,20 @@ x[:] = 0
     assert run(tmp_path, HEAD + first + arrays.rpartition("x[:]")[0], "1").status == 0
 
 
+def test_a_weight_that_the_script_multiplies_itself_is_said_to_be_bf16(tmp_path: Path) -> None:
+    """A queue of features times prototypes, as SwAV's."""
+    told: list[str] = []
+    hook, itself = sys.excepthook, "torch.ones(16, 16) @ model.head.weight.detach()\n"
+    assert run(tmp_path, HEAD + LOOP + itself, "1", tell=told.append).status == 1
+    assert "keep that layer in FP32" in told[-1]
+    assert sys.excepthook is hook
+    told.clear()
+    assert run(tmp_path, HEAD + LOOP + "raise RuntimeError\n", "1", tell=told.append).status == 1
+    assert [line.partition(" ")[0] for line in told] == ["plan"]
+    kept = plan_for(Net(), others={"head": FP32})
+    assert run(tmp_path, HEAD + LOOP + itself, "1", plan=kept).status == 0
+
+
 def test_what_transformers_saves_is_loaded_in_the_dtype_of_its_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

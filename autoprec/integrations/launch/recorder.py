@@ -264,8 +264,8 @@ class Recorder:
         if not self._calls or tape is None:
             self.refuse(
                 self._foreign
-                or "each backward must follow a call of the model in training mode, but the script "
-                "calls backward without one, or twice"
+                or "each backward must follow a call of the model in training mode, with gradients "
+                "(an adjoint solver has none), but the script calls backward without one, or twice"
             )
         roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
         given = [grad_tensors] if isinstance(grad_tensors, Tensor) else grad_tensors or ()

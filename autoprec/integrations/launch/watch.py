@@ -103,6 +103,7 @@ class Watch:
             (Tensor, "lerp_", around_lerp),
             (torch, "save", self._around_save),
             (Tensor, "numpy", self._around_numpy),
+            (sys, "excepthook", self._around_error),
             *(self._guard.patches if self._guard is not None else ()),
         ]
         for owner, name, around in functions:
@@ -240,6 +241,15 @@ class Watch:
         array = call(tensor.float(), *args, **kwargs)
         array.flags.writeable = False  # the script's own array would be the tensor's memory
         return array
+
+    def _around_error(self, show: Function, cls: Any, error: Any, trace: Any, /) -> None:
+        """Say after a script's last error what it may have met, where its text has BF16 in it."""
+        show(cls, error, trace)
+        if self.applied and isinstance(error, RuntimeError) and "BFloat16" in str(error):
+            self._tell(
+                "the script met BF16 outside of the model's layers, as where it multiplies a "
+                "weight itself: keep that layer in FP32 (autoprec tune --keep 'NAME=fp32')"
+            )
 
     def _around_config(self, save: Function, config: Any, /, *args: Any, **kwargs: Any) -> None:
         """Save the dtype that a state dict has; transformers reads that of the parameters."""
