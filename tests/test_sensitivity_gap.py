@@ -74,6 +74,9 @@ def test_the_largest_of_the_errors_on_the_way_is_held_to_the_budget() -> None:
     assert larger == plain  # the last one predicts, the largest is held to the budget
     budgets = [grad_error_budget_for(s, 1e-3, 300) for s in (sensitivity, fallen)]
     assert budgets[0] == pytest.approx(1.5 * budgets[1])
+    # by what one batch's scatter leaves of it
+    points[0] = StepError(step=10, grad_error=Estimate(mean=0.06, stderr=0.02))
+    assert growth(sensitivity.model_copy(update={"by_step": tuple(points)})) == pytest.approx(2.0)
     # a step that no FP8 plan would survive says nothing of gaps (a memory's unstable recurrence)
     points[0] = StepError(step=10, grad_error=Estimate(mean=9.3))
     broken = sensitivity.model_copy(update={"by_step": tuple(points)})

@@ -24,6 +24,7 @@ MOST_NAMED = 4
 NO_FP8_KINDS = (LayerKind.OTHER, LayerKind.RECURRENT, LayerKind.CONV, LayerKind.ATTENTION)
 KEEP_COSTS = "--keep costs"
 MAY_NOT = "may not take it (--keep, or unknown gradient error)"
+LARGER = 20  # a tolerance by as much more is none that its user thought of
 NOTABLE = 0.05  # a smaller share of what FP8 saves is not worth a note
 
 
@@ -276,8 +277,13 @@ def _why_slower(problem: Problem, search: Search, options: Options) -> str:
 def _over_budget(problem: Problem, search: Search, uniform: Options) -> str:
     trials = (trial.grad_error for trial in search.trials if trial.options == uniform)
     error, budget = next(trials, problem.costs.grad_error(uniform)), search.grad_error_budget
+    if error <= budget:
+        return ""
     said = f"the gradient error of BF16 O2 is {percent(error)}, the budget {percent(budget)}"
-    return said if error > budget else ""
+    if not budget or error > min(problem.ceiling, LARGER * budget):
+        return said
+    times = math.ceil(10.0 * error / budget) / 10
+    return f"{said}; a --loss-tolerance {times:g}x as large lets it in"
 
 
 def _communication_note(costs: Costs, options: Options) -> str:

@@ -120,11 +120,14 @@ def gap_per_error(steps: int) -> float:
 def growth(sensitivity: Sensitivity, *, most: float = math.inf) -> float:
     """Return the largest gradient error that is known over the one where the table was.
 
-    The largest of those measured on the way, `most` at most, at the planned run's tokens per
-    optimizer step where they were given and what they do is known.
+    The largest of those measured on the way, `most` at most and by no more than is beyond their own
+    standard error (single choices of experts make one batch's 50 times another's), at the planned
+    run's tokens per optimizer step where they were given and what they do is known.
     """
-    errors = [point.grad_error.mean for point in sensitivity.by_step]
-    found = min(max(errors), most) / errors[-1] if errors and errors[-1] > 0.0 else 1.0
+    errors = [point.grad_error for point in sensitivity.by_step]
+    last = errors[-1].mean if errors else 0.0
+    known = (error.mean - (error.stderr or 0.0) for error in errors)
+    found = min(max(known), most) / last if last > 0.0 else 1.0
     return max(found, 1.0) * _batch_ratio(sensitivity)
 
 
