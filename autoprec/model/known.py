@@ -1,8 +1,8 @@
 """Small tensors made of numbers alone keep their values where everything else has only a shape.
 
 Constructors ask for such values: the rates of stochastic depth are `torch.linspace(0, 0.2, 24)`,
-read with `tolist()`, in most vision models with stages. So do losses, of a batch's integers: are all
-labels below the vocabulary, which tokens are masked? No parameter is known.
+read with `tolist()`, in most vision models with stages. So do losses, of the integers in a batch:
+are all labels below the vocabulary, which tokens are masked? No parameter is known.
 """
 
 from typing import Any
