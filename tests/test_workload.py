@@ -169,22 +169,28 @@ def test_missing_file_says_what_to_give() -> None:
 
 
 def test_code_that_takes_fp32_alone_is_told_to_cast_where_a_plan_gives_bf16() -> None:
+    said = ["expected scalar type Float but found BFloat16"]
+
     def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
         output: Tensor = model(batch.to(next(model.parameters()).dtype))
         if output.dtype is not torch.float32:  # as operators of somebody's do
-            raise RuntimeError("expected scalar type Float but found BFloat16")
+            raise RuntimeError(said[0])
         return output.sum()
 
     workload = workload_with(loss_fn=loss_fn)
     model = workload.build_model(seed=0)
     (batch,) = take_batches(workload, seed=0, count=1)
     workload.loss_fn(model, batch)
-    with pytest.raises(WorkloadError, match=r"it ran in FP32, .* as in op\(x\.float\(\)\)"):
+    with pytest.raises(WorkloadError, match=r"layers give BF16: .* as in op\(x\.float\(\)\)$"):
         workload.loss_fn(model.bfloat16(), batch)
+    said[0] = "out of memory"  # which no cast would help
+    with pytest.raises(WorkloadError, match=r"out of memory$") as found:
+        workload.loss_fn(model, batch)
+    assert type(found.value.__cause__) is RuntimeError  # by which stages know it
     own = workload_with(loss_fn=loss_fn, build_model=lambda: nn.Linear(2, 2).bfloat16())
     with pytest.raises(WorkloadError, match="BFloat16") as caught:
         own.loss_fn(own.build_model(seed=0).bfloat16(), batch)
-    assert "it ran in FP32" not in str(caught.value)  # it is written for BF16
+    assert "layers give BF16" not in str(caught.value)  # it is written for BF16
 
 
 def test_finite_training_batches_start_over() -> None:

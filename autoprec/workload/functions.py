@@ -229,12 +229,10 @@ class Workload:
             with self.written.around(model):
                 loss = self._call("loss_fn(model, batch)", Tensor, "a scalar tensor", model, batch)
         except WorkloadError as error:
-            if self.written.dtypes or all(p.dtype not in LOW_PRECISION for p in model.parameters()):
-                raise
-            raise WorkloadError(
-                f"{error}; it ran in FP32, and a plan's layers give BF16: cast before what takes "
-                "FP32 alone, as in op(x.float())"
-            ) from error
+            is_low = any(p.dtype in LOW_PRECISION for p in model.parameters())
+            if is_low and not self.written.dtypes and "float" in str(error).lower():  # a dtype
+                error.args = (f"{error}{GIVES_BF16}",)
+            raise
         if loss.numel() != 1 or not loss.is_floating_point():
             raise WorkloadError(
                 "loss_fn(model, batch) must return a scalar floating tensor, but it returned shape "
@@ -320,6 +318,7 @@ SPREADING = ("parallelize", "build_mesh")
 OPTIONAL = ("build_optimizer", "build_scheduler", "eval_batches", "evaluate", *SPREADING)
 VALUES = {"accumulation_steps": "a whole number from 1", "clip_norm": "a number above 0"}
 DEFINED = (*REQUIRED, *OPTIONAL, *VALUES)
+GIVES_BF16 = "; a plan's layers give BF16: cast before what takes FP32 alone, as in op(x.float())"
 DEALING = {"rank", "world_size"}  # arguments of a train_batches that deals batches to ranks itself
 
 
