@@ -6,7 +6,7 @@ products of complex numbers and sparse matrices, whose rate nobody knows.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -78,17 +78,14 @@ class Products(TorchFunctionMode):
 def products_outside(layers: Mapping[str, nn.Module]) -> Iterator[Products]:
     """Count the products of forward passes that run inside, outside of these layers' calls."""
     products = Products(layers)
-    handles = [layer.register_forward_pre_hook(products.enter) for layer in layers.values()]
-    handles += [
-        layer.register_forward_hook(products.leave, always_call=True) for layer in layers.values()
-    ]
-    try:
-        plain = (*PLAIN_TENSORS, FakeTensor)
-        with products, OperationTracer(products.run_operation, plain=plain):
-            yield products
-    finally:
-        for handle in handles:
-            handle.remove()
+    plain = (*PLAIN_TENSORS, FakeTensor)
+    with ExitStack() as stack:
+        for layer in layers.values():
+            stack.enter_context(layer.register_forward_pre_hook(products.enter))
+            stack.enter_context(layer.register_forward_hook(products.leave, always_call=True))
+        stack.enter_context(products)
+        stack.enter_context(OperationTracer(products.run_operation, plain=plain))
+        yield products
 
 
 def _attention_flops(

@@ -6,7 +6,7 @@ are asked for, so that recording holds no memory.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import partial
@@ -102,20 +102,16 @@ def recorded_calls(
     hooks of tensor parallelism, with `placed` gradients as DTensors. `arrived` is called when a
     gradient has.
     """
-    recorders = {
-        name: _Recorder(keep, gradients, merged, watch, placed, arrived) for name in layers
-    }
-    handles = [
-        layer.register_forward_hook(
-            recorders[name].after_forward, with_kwargs=True, prepend=is_divided(layer)
-        )
-        for name, layer in layers.items()
-    ]
-    try:
-        yield {name: recorder.calls for name, recorder in recorders.items()}
-    finally:
-        for handle in handles:
-            handle.remove()
+    found: dict[str, list[Call]] = {}
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            recorder = _Recorder(keep, gradients, merged, watch, placed, arrived)
+            hook, is_first = recorder.after_forward, is_divided(layer)
+            stack.enter_context(
+                layer.register_forward_hook(hook, with_kwargs=True, prepend=is_first)
+            )
+            found[name] = recorder.calls
+        yield found
 
 
 @dataclass

@@ -45,7 +45,7 @@ def explain_statistics(rows: Sequence[OperandStatistics], *, recipe: str | None 
     For example `grad_output: 31 % underflow under tensorwise; rowwise 0.4 % (98 % of the error)`;
     "" when nothing stands out. With a recipe losses are its own, else those of the worst one.
     """
-    by_worst = sorted(rows, key=lambda row: -_most_lost(row, recipe))
+    by_worst = sorted(rows, key=lambda row: -max(_lost(row, recipe).values(), default=0.0))
     found = [suspect for row in by_worst for suspect in suspects(row, recipe)]
     best = max((one.share for one in found if one.share is not None), default=None)
     if best is None:
@@ -60,13 +60,12 @@ def explain_statistics(rows: Sequence[OperandStatistics], *, recipe: str | None 
     )
 
 
-def _most_lost(row: OperandStatistics, recipe: str | None) -> float:
-    return max((v for name, v in row.underflow.items() if recipe in (None, name)), default=0.0)
+def _lost(row: OperandStatistics, recipe: str | None) -> dict[str, float]:
+    return {name: share for name, share in row.underflow.items() if recipe in (None, name)}
 
 
 def _worst_loss(row: OperandStatistics, recipe: str | None) -> str:
-    lost = row.underflow
-    named = {name: share for name, share in lost.items() if recipe in (None, name)}
+    lost, named = row.underflow, _lost(row, recipe)
     if max(named.values(), default=0.0) < NOTABLE:
         return ""
     worst = max(named, key=lambda name: named[name])

@@ -8,7 +8,7 @@ moved passes have to cross, and nothing tells it from a gate, whose value jumps.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -66,13 +66,11 @@ def recorded_choices(layers: Mapping[str, nn.Module]) -> Iterator[Choices]:
         found.before.setdefault(name, len(found.indices))
 
     constants = Constants()
-    handles = [m.register_forward_pre_hook(partial(calls, n)) for n, m in layers.items()]
-    try:
-        with _choosing(see, constants, compare):
-            yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.enter_context(layer.register_forward_pre_hook(partial(calls, name)))
+        stack.enter_context(_choosing(see, constants, compare))
+        yield found
     found.given, found.constant = constants.given, constants.makers(layers)
 
 

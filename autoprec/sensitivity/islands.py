@@ -22,6 +22,8 @@ themselves, and kept if half of that goes.
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 
 from torch import nn
 from torch.autograd.graph import Node
@@ -132,27 +134,20 @@ def find_producers(reference: Reference, names: Collection[str]) -> dict[str, tu
     """
     made_by: dict[Node, str] = {}
     found: dict[str, set[str]] = {}
-    hooks = []
-    for name in reference.spec.names:
-        layer = layer_named(reference.model, name)
 
-        def note_inputs(
-            _: nn.Module, args: object, kwargs: Mapping[str, object], name: str = name
-        ) -> None:
-            inputs = tensors_in((args, list(kwargs.values())))
-            met = nodes_behind(inputs, made_by.__contains__)
-            found.setdefault(name, set()).update(made_by[n] for n in met if n in made_by)
+    def note_inputs(name: str, _: nn.Module, args: object, kwargs: Mapping[str, object]) -> None:
+        met = nodes_behind(tensors_in((args, list(kwargs.values()))), made_by.__contains__)
+        found.setdefault(name, set()).update(made_by[n] for n in met if n in made_by)
 
-        def note_output(_: nn.Module, __: object, output: object, name: str = name) -> None:
-            made_by.update({t.grad_fn: name for t in tensors_in(output) if t.grad_fn is not None})
+    def note_output(name: str, _: nn.Module, __: object, output: object) -> None:
+        made_by.update({t.grad_fn: name for t in tensors_in(output) if t.grad_fn is not None})
 
-        if name in names:
-            hooks.append(layer.register_forward_pre_hook(note_inputs, with_kwargs=True))
-        hooks.append(layer.register_forward_hook(note_output))
-    try:
+    with ExitStack() as stack:
+        for name in reference.spec.names:
+            layer, note = layer_named(reference.model, name), partial(note_inputs, name)
+            if name in names:
+                stack.enter_context(layer.register_forward_pre_hook(note, with_kwargs=True))
+            stack.enter_context(layer.register_forward_hook(partial(note_output, name)))
         reference.run(0, keep=())
-    finally:
-        for hook in hooks:
-            hook.remove()
     few = {name: makers for name, makers in found.items() if len(makers) <= MOST_PRODUCERS}
     return {name: tuple(n for n in reference.spec.names if n in few[name]) for name in few}

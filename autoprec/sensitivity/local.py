@@ -23,7 +23,7 @@ from autoprec.common.grouping import grouped
 from autoprec.model.recording import Call
 from autoprec.records import BF16_O2, FP32, Gemm, ModelSpec, Operand, Option, with_gemms_hp
 from autoprec.runtime import install_options
-from autoprec.sensitivity.casts import Cast, Sides, gemm_casts
+from autoprec.sensitivity.casts import Cast, gemm_casts
 from autoprec.sensitivity.gemm import fast_gemms
 from autoprec.sensitivity.replay import replay
 
@@ -43,18 +43,6 @@ Cell = tuple[str, Option]  # a layer's name and an option of it other than FP32
 Norm = Callable[[Mapping[Tensor, Tensor]], float]  # of errors by parameter: d'Pd
 
 
-@dataclass(frozen=True)
-class LocalErrors:
-    """One layer's errors in BF16 on one batch.
-
-    `errors` holds a tensor per call. `parameter_errors` is d'Pd of the gradients of the layer's own
-    parameters, by the casts of the grad_weight GEMM; () is BF16.
-    """
-
-    errors: dict[Component, list[Tensor]]
-    parameter_errors: dict[Sides, float]
-
-
 def components_of(option: Option) -> dict[Gemm, list[Component]]:
     """Return the sources of error of the two GEMMs whose error spreads.
 
@@ -69,16 +57,18 @@ def components_of(option: Option) -> dict[Gemm, list[Component]]:
 
 def replayed_errors(
     layer: nn.Module, calls: Sequence[Call], norm: Norm, *, seed: int
-) -> LocalErrors:
-    """Return a layer's errors in BF16, from a replay in FP32 and one in BF16."""
+) -> tuple[dict[Component, list[Tensor]], float]:
+    """Return a layer's errors in BF16, from a replay in FP32 and one in BF16.
+
+    The components' have a tensor per call; with them d'Pd of the layer's own parameters' gradients.
+    """
     exact = replay(layer, calls, seed=seed)
     with in_bf16(layer):
         rounded = replay(layer, calls, seed=seed, exact=exact)
     own = exact.parameter_gradients  # the sign of a difference does not matter
     for p, g in rounded.parameter_gradients.items():
         own[p] = own[p].sub_(g) if type(g) is Tensor else own[p] - g  # DTensors may be partial sums
-    errors = {BF16_OUTPUT: rounded.outputs, BF16_GRAD_INPUT: rounded.input_gradients}
-    return LocalErrors(errors, {(): norm(own)})
+    return {BF16_OUTPUT: rounded.outputs, BF16_GRAD_INPUT: rounded.input_gradients}, norm(own)
 
 
 @contextmanager

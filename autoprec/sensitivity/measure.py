@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from autoprec.common.text import first_and_more, percent
 from autoprec.common.versions import software_versions
 from autoprec.device.random_state import random_state_kept
+from autoprec.device.ranks import world_size
 from autoprec.records.model import FP32, Option
 from autoprec.records.sensitivity import (
     BatchEffect,
@@ -123,7 +124,7 @@ def _notes(reference: Reference, table: Table, floor: Estimate) -> list[str]:
             "no weight changes, as a hinge at 0) and were passed over: gradient errors are those "
             "of the others"
         )
-    if reference.splits_layers:
+    if reference.context.workload.part.ranks < world_size():  # that share a batch
         notes.append(
             "tensor parallelism: each rank rounds its part of a sum to BF16, and so do the rows"
         )

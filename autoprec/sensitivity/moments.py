@@ -16,8 +16,7 @@ v is dequantised where it is kept in 8 or 4 bits. RAdam's first steps are plain;
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,10 +25,10 @@ from torch import Tensor
 from autoprec.device.ranks import local_part
 from autoprec.sensitivity.real import real_view
 
-Part = slice | None
-Moment = Callable[[Part], Tensor]  # of a parameter's flat elements, FP32
+Moment = Callable[[slice], Tensor]  # of a parameter's flat elements, FP32
 State = Mapping[str, Any]  # Any: optimizer state and groups are untyped
 
+EVERY = slice(None)
 STILL = 1e-9  # of the mean root of v: what FP32 cannot tell from zero
 
 
@@ -53,7 +52,7 @@ class Rule:
     holds_largest: bool = False
     still: float = 0.0
 
-    def weight(self, gradient: Tensor, *, part: Part = None) -> Tensor:
+    def weight(self, gradient: Tensor, *, part: slice = EVERY) -> Tensor:
         """Return P^(1/2) at a gradient, new, FP32, of its shape; `part`: of the flat elements."""
         shape, device = gradient.shape, gradient.device
         rate = math.sqrt(self.rate)
@@ -67,7 +66,7 @@ class Rule:
             found *= self.gain(part).to(device, torch.float32).reshape(shape).sqrt()
         return found
 
-    def root(self, gradient: Tensor, *, part: Part = None) -> Tensor:
+    def root(self, gradient: Tensor, *, part: slice = EVERY) -> Tensor:
         """Return v'^power at a gradient."""
         if self.moment is None:
             return torch.ones_like(gradient, dtype=torch.float32)
@@ -123,9 +122,11 @@ def _other_rule(found: Mapping[str, Moment], group: State, eps: float) -> Rule |
         )
     if "square_avg" in found:
         alpha, square = number(group.get("alpha"), 0.99), found["square_avg"]
-        if (mean := found.get("grad_avg")) is not None:  # centered: E g^2 - (E g)^2
-            square = partial(_variance, square, mean)
-        return Rule("rmsprop", moment=square, keep=alpha, take=1.0 - alpha, eps=eps)
+        rule = Rule("rmsprop", moment=square, keep=alpha, take=1.0 - alpha, eps=eps)
+        if (mean := found.get("grad_avg")) is None:
+            return rule
+        # centered: E g^2 - (E g)^2
+        return replace(rule, moment=lambda p: (square(p) - mean(p).square()).clamp_min(0.0))
     if "sum" in found:
         return Rule("adagrad", moment=found["sum"], take=1.0, eps=eps)
     if "exp_inf" in found:
@@ -148,7 +149,7 @@ def shape_rules(state: State, parameter: Tensor) -> list[Rule]:
     """
     shape, rules = real_view(local_part(parameter.detach())).shape, []
     for name, moment in _moments_of(state, shape).items():
-        if float(moment(None).min()) >= 0.0:
+        if float(moment(EVERY).min()) >= 0.0:
             rules += [Rule(name, moment=moment, power=power) for power in (0.5, 1.0)]
     return rules
 
@@ -167,16 +168,8 @@ def _moments_of(state: State, shape: torch.Size) -> dict[str, Moment]:
             continue
         if type(own) is not Tensor and hasattr(own, "dequantize"):  # torchao's 8 and 4 bits, FP8
             own = own.dequantize()
-        found[name] = partial(_flat_part, own.reshape(-1))
+        found[name] = own.reshape(-1).__getitem__
     return found
-
-
-def _flat_part(flat: Tensor, part: Part) -> Tensor:
-    return flat if part is None else flat[part]
-
-
-def _variance(square: Moment, mean: Moment, part: Part) -> Tensor:
-    return (square(part) - mean(part).square()).clamp_min(0.0)
 
 
 def _fit(rows: Tensor, columns: Tensor, shape: torch.Size) -> bool:
@@ -197,8 +190,8 @@ def outer(rows: Tensor, columns: Tensor) -> Moment:
     (stack, height), width = rows.shape, columns.shape[-1]
     flat_rows, flat_columns = rows.reshape(-1), columns.reshape(-1)
 
-    def values(part: Part) -> Tensor:
-        start, stop, _ = (part or slice(None)).indices(stack * height * width)
+    def values(part: slice) -> Tensor:
+        start, stop, _ = part.indices(stack * height * width)
         place = torch.arange(start, stop, device=rows.device)
         row = place.div(width, rounding_mode="floor")  # of all the stack's
         matrix = row.div(height, rounding_mode="floor")

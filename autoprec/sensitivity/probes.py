@@ -331,8 +331,8 @@ def _products_of_layer(
         try:
             if step.reference.spec.writes_into(name):  # alone, it would go on from its last state
                 raise OtherwiseAloneError
-            local = replayed_errors(run, [back(call) for call in calls], norm, seed=seed)
-            products, errors = _products(run, calls, after, local.errors), local.parameter_errors
+            own, staying = replayed_errors(run, [back(call) for call in calls], norm, seed=seed)
+            products, errors = _products(run, calls, after, own), {(): staying}
         except OtherwiseAloneError:
             probed.unseen.add(name)
             errors, products = {(): 0.0}, dict.fromkeys(BF16_PARTS, torch.zeros(1))
@@ -361,11 +361,10 @@ def _are_alike(calls: Sequence[Call], moved: Sequence[Call]) -> bool:
 
     They differ where it depends on values, in another way than by a choice that is kept.
     """
-
-    def shapes(found: Sequence[Call]) -> list[list[torch.Size]]:
-        return [floating_shapes((call.args, call.kwargs)) for call in found]
-
-    return shapes(calls) == shapes(moved)
+    before, after = (
+        [floating_shapes((call.args, call.kwargs)) for call in found] for found in (calls, moved)
+    )
+    return before == after
 
 
 def _square(z: Tensor) -> float:

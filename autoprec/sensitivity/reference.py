@@ -11,7 +11,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice
@@ -31,7 +31,6 @@ from autoprec.device.ranks import (
     local_part,
     placed_as,
     sum_over_ranks,
-    world_size,
 )
 from autoprec.device.tf32 import tf32_off
 from autoprec.errors import CaptureError, WorkloadError
@@ -134,11 +133,6 @@ class Reference:
         """A hash of the weights, and of the batches that gradients are compared on."""
         return digest_of(self.model, list(self.longer.batches))
 
-    @property
-    def splits_layers(self) -> bool:
-        """Whether ranks share a batch: tensor parallelism divides what a layer computes."""
-        return self.context.workload.part.ranks < world_size()
-
     def run(
         self,
         index: int,
@@ -158,19 +152,18 @@ class Reference:
         parameters = self.model.parameters() if keep is not None else ()
         kept = self.in_parts.union(keep or ())
         dropped = [p for p in parameters if p.requires_grad and p not in kept]
-        hooks = [p.register_post_accumulate_grad_hook(partial(_drop, see)) for p in dropped]  # type: ignore[no-untyped-call]  # torch's own
         self.put_back()
-        with seeded(self.context.seed * 7919 + index), tf32_off():
+        with (
+            _hooked(dropped, partial(_drop, see)),
+            seeded(self.context.seed * 7919 + index),
+            tf32_off(),
+        ):
             batch = move_batch(self.batches[index], self.context.device)
-            try:
-                loss: Tensor = self.context.workload.loss_fn(self.model, batch)
-                del batch  # of which a pass in 16 bits has a copy
-                begin_backward()
-                with self.context.workload.plainly():
-                    torch.autograd.backward(loss)
-            finally:
-                for hook in hooks:
-                    hook.remove()
+            loss: Tensor = self.context.workload.loss_fn(self.model, batch)
+            del batch  # of which a pass in 16 bits has a copy
+            begin_backward()
+            with self.context.workload.plainly():
+                torch.autograd.backward(loss)
         return loss
 
     def put_back(self) -> None:
@@ -190,7 +183,9 @@ class Reference:
         Raises:
             WorkloadError: the loss is not finite, or no gradient reaches the parameters.
         """
-        with _arrivals(self.model) as arrived:
+        arrived: Counter[Tensor] = Counter()  # how often a gradient arrives at each parameter
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        with _hooked(trained, lambda p: arrived.update([p])):
             loss = self.run(index, begin_backward=begin_backward)
         self.in_parts.update(p for p, count in arrived.items() if count > 1)
         check_loss(loss, where=f"on measured batch {index}")
@@ -404,16 +399,12 @@ def _check_structure(model: nn.Module, spec: ModelSpec) -> None:
 
 
 @contextmanager
-def _arrivals(model: nn.Module) -> Iterator[Counter[Tensor]]:
-    """Count how often a gradient arrives at each parameter inside."""
-    found: Counter[Tensor] = Counter()
-    trained = (p for p in model.parameters() if p.requires_grad)
-    hooks = [p.register_post_accumulate_grad_hook(lambda p: found.update([p])) for p in trained]  # type: ignore[no-untyped-call]  # torch's own
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _hooked(parameters: Sequence[Tensor], arrived: Callable[[Tensor], None]) -> Iterator[None]:
+    """Call a function inside with each parameter to which a gradient has come."""
+    with ExitStack() as stack:
+        for p in parameters:
+            stack.enter_context(p.register_post_accumulate_grad_hook(arrived))  # type: ignore[no-untyped-call]  # torch's own
+        yield
 
 
 def _drop(see: Callable[[Tensor], None] | None, parameter: Tensor) -> None:
