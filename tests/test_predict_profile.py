@@ -15,6 +15,7 @@ from autoprec.records.cost import LayerTiming, Profile
 from autoprec.records.model import (
     BF16_O2,
     FP32,
+    AsWritten,
     Basis,
     LayerKind,
     LayerSpec,
@@ -156,6 +157,57 @@ def test_steps_are_the_layers_and_what_lies_between() -> None:
         assert fixed > 0
     assert step(profile, "fp8_o1") < step(profile, "bf16_o2") < step(profile, "autocast_bf16")
     assert step(profile, "bf16_o2") < step(profile, "fp32")
+
+
+@pytest.mark.parametrize(
+    ("written", "same"),
+    [
+        (AsWritten(), None),  # that of plain FP32, and eager though the others are compiled
+        (AsWritten(is_compiled=True), None),
+        (AsWritten(autocast="bfloat16"), "autocast_bf16"),
+        (AsWritten(autocast="float16", is_compiled=True), "autocast_bf16"),
+        (AsWritten(autocast="bfloat16", gathered="bfloat16"), "bf16_o2"),
+    ],
+)
+def test_the_step_as_written_is_predicted_where_it_is_another_one(
+    written: AsWritten, same: str | None
+) -> None:
+    profile = predicted(decoder().model_copy(update={"as_written": written}))
+    steps = {each.label: each.ms for each in profile.steps}
+    assert steps.get("as_written") == (steps[same] if same else None)
+
+
+def test_16_bit_parameters_as_written_have_no_masters_to_update() -> None:
+    written = AsWritten(parameters=("bfloat16",))
+    profile = predicted(decoder().model_copy(update={"as_written": written}))
+    assert 0.8 < step(profile, "as_written") / step(profile, "bf16_o2") < 1.0
+
+
+def test_what_the_user_compiles_is_predicted_compiled_beside_eager_steps() -> None:
+    spec = decoder().model_copy(update={"as_written": AsWritten(is_compiled=True)})
+    eager = predicted(spec, compiled=False)
+    assert step(eager, "as_written") == pytest.approx(step(predicted(spec), "fp32"))
+    assert step(eager, "as_written") < step(eager, "fp32")
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_fp32_is_priced_in_tf32_where_the_process_allows_it(allowed: bool) -> None:
+    shape = (64, 256, 56, 56)
+    spec = model_of(
+        linear_layer("up", 4096, 4096, shape=(1, 16384)),
+        plain_layer("conv", LayerKind.CONV, (256, 256, 3, 3), shape, "stride=(1, 1)"),
+    )
+    for name, other in (("up", "allow_tf32_conv"), ("conv", "allow_tf32")):
+        switch = {"up": "allow_tf32", "conv": "allow_tf32_conv"}[name]
+        written = AsWritten(**{switch: allowed, other: not allowed})
+        profile = predicted(spec.model_copy(update={"as_written": written}))
+        # TF32's rate is half of BF16's, that of CUDA cores a fifteenth
+        gain = total(row(profile, name, FP32)) / total(row(profile, name, BF16_O2))
+        assert gain == pytest.approx(2.0, rel=0.15) if allowed else gain > 8.0
+        assert getattr(profile.device, switch) is allowed
+    radeon = predict_profile(spec, load_device_profile("mi300x"), options=())
+    assert radeon.device.allow_tf32_conv is None  # no cuDNN
+    assert not radeon.device.allow_tf32
 
 
 def test_memory_by_precision() -> None:

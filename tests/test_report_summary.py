@@ -396,6 +396,41 @@ def test_the_headline_is_against_what_the_user_runs_now() -> None:
     assert "FP32" not in headline
 
 
+def test_a_predicted_gain_over_16_bits_as_written_is_as_sure_as_over_autocast() -> None:
+    run = predicted_run()
+    profile = run.profile
+    assert profile
+    autocast = profile.step("autocast_bf16")
+    assert autocast
+    steps = (*profile.steps, autocast.model_copy(update={"label": "as_written"}))
+    for written, is_shared in ((AsWritten(autocast="bfloat16"), True), (AsWritten(), False)):
+        model = profile.model.model_copy(update={"as_written": written})
+        changed = profile.model_copy(update={"model": model, "steps": steps})
+        found = summarise_run(replace(run, profile=changed)).speedups
+        assert (found["as_written"] == found["autocast_bf16"]) is is_shared
+
+
+def test_what_is_faster_without_masters_is_not_said_to_learn_as_well() -> None:
+    run = make_run()
+    proof, profile = run.verification, run.profile
+    assert proof
+    assert profile
+    plan_ms = next(each.timing.median_ms for each in proof.steps if each.label == "plan")
+    steps = (*proof.steps, step_of("as_written", 0.9 * plan_ms, H100, samples=12))
+    proof = proof.model_copy(update={"steps": steps})
+    for written, is_said in (
+        (AsWritten(parameters=("bfloat16",)), True),
+        (AsWritten(autocast="bfloat16"), False),
+    ):
+        model = profile.model.model_copy(update={"as_written": written})
+        changed = replace(
+            run, verification=proof, profile=profile.model_copy(update={"model": model})
+        )
+        headline = summarise_run(changed).answer.headline
+        assert headline.startswith("Keep what you run: this plan is 0.90x as fast as now")
+        assert headline.endswith("without FP32 masters cost in loss is not measured") is is_said
+
+
 @pytest.mark.parametrize(
     ("ratios", "said"),
     [

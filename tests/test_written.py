@@ -44,6 +44,18 @@ def input_dtypes(spec: ModelSpec) -> set[str]:
     return {t.dtype for layer in spec.layers for call in layer.calls for t in call.inputs}
 
 
+def test_the_tf32_that_the_user_s_process_allows_is_noted() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, allows in (("high", True), ("highest", False)):
+            torch.set_float32_matmul_precision(precision)
+            written = captured(workload()).as_written
+            assert written
+            assert (written.allow_tf32, written.allow_tf32_conv) == (allows, True)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_the_autocast_of_loss_fn_is_noted_and_left_out_of_fp32() -> None:
     def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):

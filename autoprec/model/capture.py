@@ -27,6 +27,7 @@ from autoprec.device.ranks import (
     sum_over_ranks,
     world_size,
 )
+from autoprec.device.tf32 import cudnn_allows_tf32, matmul_allows_tf32
 from autoprec.errors import CaptureError, WorkloadError
 from autoprec.model.context import Context
 from autoprec.model.kinds import is_linear, layer_kind, linear_refusal, matrix_sizes, weight_of
@@ -189,6 +190,8 @@ def said_written(workload: Workload) -> AsWritten:
         gathered="" if seen.gathered is None else dtype_name(seen.gathered),
         parameters=tuple(sorted(map(dtype_name, seen.dtypes))),
         is_compiled=seen.is_compiled or seen.script_compiles,
+        allow_tf32=matmul_allows_tf32(),
+        allow_tf32_conv=cudnn_allows_tf32(),
     )
     if found.parameters:
         log.warning(

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from autoprec.common.recipes import Gemm, Precision
+from autoprec.predict.gemm import Kernel
 from autoprec.predict.linear import LinearTimes, linear_times
 from autoprec.predict.parallel import Parallel, gathers_fp8, parameter_share, shard_gemm, split_axis
 from autoprec.records.cost import LayerTiming, Timing
@@ -45,6 +46,13 @@ class Setting:
     parallel: Parallel
     compiled: bool
     state_ratio: float
+    allow_tf32: bool = False  # of FP32 products outside of convolutions
+    allow_tf32_conv: bool = False
+
+    def fp32_kernel(self, kind: LayerKind | None = None) -> Kernel:
+        """Return what a layer's FP32 GEMMs run in, or other products in FP32."""
+        allowed = self.allow_tf32_conv if kind is LayerKind.CONV else self.allow_tf32
+        return Kernel.TF32 if allowed else Kernel.FP32
 
 
 def time_layers(
@@ -171,7 +179,14 @@ def _call_times(layer: LayerSpec, call: CallSpec, option: Option, setting: Setti
     runs = {Gemm.GRAD_INPUT: has_grad_input, Gemm.GRAD_WEIGHT: not layer.is_frozen}
     gemms = [gemm for gemm in Gemm if runs.get(gemm, True)]
     shape = _gemm_shape(layer, call, setting.parallel)
-    return linear_times(setting.machine, *shape, option, compiled=setting.compiled, gemms=gemms)
+    return linear_times(
+        setting.machine,
+        *shape,
+        option,
+        compiled=setting.compiled,
+        gemms=gemms,
+        fp32=setting.fp32_kernel(layer.kind),
+    )
 
 
 def _gemm_shape(layer: LayerSpec, call: CallSpec, parallel: Parallel) -> tuple[int, int, int]:

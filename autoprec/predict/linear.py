@@ -124,14 +124,18 @@ def linear_times(
     *,
     compiled: bool = True,
     gemms: Collection[Gemm] = tuple(Gemm),
+    fp32: Kernel = Kernel.FP32,
 ) -> LinearTimes:
-    """Return the times of a linear with an option; `gemms` are those of its three that run."""
+    """Return the times of a linear with an option; `gemms` are those of its three that run.
+
+    `fp32` is what FP32 GEMMs run in: TF32 where the process allows it.
+    """
     if min(M, K, N) < 1:
         return LinearTimes()
     # In eager mode no kernel is faster than the host launches it.
     floor = 0.0 if compiled else machine.eager_host_us
     us = {
-        gemm.value: max(gemm_us(machine, *shape, _kernel(machine, option, gemm)), floor)
+        gemm.value: max(gemm_us(machine, *shape, _kernel(machine, option, gemm, fp32)), floor)
         for gemm, shape in zip(Gemm, gemm_shapes(M, K, N), strict=True)
         if gemm in gemms
     }
@@ -154,9 +158,9 @@ def gemm_shapes(M: int, K: int, N: int) -> tuple[tuple[int, int, int], ...]:
     return ((M, K, N), (M, N, K), (K, M, N))
 
 
-def _kernel(machine: Machine, option: Option, gemm: Gemm) -> Kernel:
+def _kernel(machine: Machine, option: Option, gemm: Gemm, fp32: Kernel) -> Kernel:
     if option.recipe is None or gemm not in option.fp8_gemms:
-        return Kernel.FP32 if option.precision is Precision.FP32 else Kernel.BF16
+        return fp32 if option.precision is Precision.FP32 else Kernel.BF16
     cost = recipe_cost(machine, option.recipe)
     return cost.output if gemm is Gemm.OUTPUT else cost.backward
 

@@ -20,7 +20,7 @@ from autoprec.predict.step import autocast_extra_us, first_fp8, gather_savings_u
 from autoprec.records import Basis, LayerKind, LayerSpec, ModelSpec, Option
 from autoprec.records.cost import DeviceFacts, LayerTiming, Profile, StepTiming
 from autoprec.records.devices import DeviceProfile
-from autoprec.records.model import BF16_O2, FP32, fp8_option, with_gemms_hp
+from autoprec.records.model import BF16_O2, FP32, AsWritten, fp8_option, with_gemms_hp
 
 logger = logging.getLogger(__name__)
 BOUNDARY_BYTES = 12  # FP32 to BF16 and back: 4 + 2 in the forward, 2 + 4 in the backward
@@ -56,7 +56,11 @@ def predict_profile(
     machine = device_profile.machine
     considered = with_gemms_hp(options) if gemms_hp else options
     model = retarget_model(spec, device_profile, considered, parallel)
-    setting = Setting(machine, parallel, compiled, spec.optimizer_state_numel_ratio)
+    facts = device_facts(device_profile, spec.as_written or AsWritten(), compiled=compiled)
+    setting = Setting(
+        *(machine, parallel, compiled, spec.optimizer_state_numel_ratio),
+        *(facts.allow_tf32, bool(facts.allow_tf32_conv)),
+    )
     # What FP8 gathers save of a step is a cost of the layers' other options, not of the rest.
     savings = gather_savings_us(model, fp8_option(Recipe.TENSORWISE), setting)
     layers, in_layers = time_layers(model.layers, setting, savings), sum(savings.values())
@@ -66,7 +70,7 @@ def predict_profile(
     bf16 = step_times(model, lambda _: BF16_O2, setting)
     return Profile(
         model=model,
-        device=device_facts(device_profile, compiled=compiled),
+        device=facts,
         basis=Basis.PREDICTED,
         layers=layers,
         steps=_steps(model, layers, setting, fp32=fp32.total, bf16=bf16.total),
@@ -127,6 +131,7 @@ def _steps(
     """Return the uniform steps: each with its time, and the memory of its parameters' option."""
     autocast = bf16 + autocast_extra_us(model, setting)
     steps = [("fp32", fp32, FP32), ("bf16_o2", bf16, BF16_O2), ("autocast_bf16", autocast, FP32)]
+    steps += _step_as_written(model, setting)
     has_fp8 = any(option.is_fp8 for layer in model.layers for option in layer.options)
     if has_fp8:
         steps.append(("fp8_o1", step_times(model, first_fp8, setting).total, BF16_O2))
@@ -145,8 +150,33 @@ def _steps(
     )
 
 
-def device_facts(profile: DeviceProfile, *, compiled: bool) -> DeviceFacts:
-    """Return the facts that a record states of a device that is not here."""
+def _step_as_written(model: ModelSpec, setting: Setting) -> list[tuple[str, float, Option]]:
+    """Return the step of a user who trains in 16 bits, or compiles what is to be priced eagerly.
+
+    FP16 takes what BF16 takes. Eager training is priced compiled where the others are: what
+    torch.compile gains alone is no gain of a plan.
+    """
+    written = model.as_written
+    if written is None or (written.is_fp32 and written.is_compiled <= setting.compiled):
+        return []
+    setting = replace(setting, compiled=setting.compiled or written.is_compiled)
+    step = step_times(model, lambda _: FP32 if written.is_fp32 else BF16_O2, setting)
+    us, option = step.total, FP32
+    if written.parameters:  # and so are their optimizer's states: half the bytes of FP32 masters
+        us, option = us - step.optimizer / 2, BF16_O2
+    elif written.autocast and not written.gathered:
+        us += autocast_extra_us(model, setting)
+    return [("as_written", us, option)]
+
+
+def device_facts(profile: DeviceProfile, written: AsWritten, *, compiled: bool) -> DeviceFacts:
+    """Return the facts that a record states of a device that is not here.
+
+    TF32 is as the user's process allows it, where the device has it; that of convolutions is
+    cuDNN's.
+    """
+    has_tf32 = profile.value("tf32_peak_tflops") > 0.0
+    has_cudnn = not profile.capability.startswith("gfx")
     return DeviceFacts(
         name=profile.name,
         kind="profile",
@@ -154,7 +184,8 @@ def device_facts(profile: DeviceProfile, *, compiled: bool) -> DeviceFacts:
         memory_bytes=int(profile.value("memory_capacity_gb") * 1e9),
         driver="",
         threads=0,
-        allow_tf32=False,
+        allow_tf32=has_tf32 and written.allow_tf32,
+        allow_tf32_conv=has_tf32 and written.allow_tf32_conv if has_cudnn else None,
         compile_mode="default" if compiled else "eager",
         software={"assumed": str(profile.software)},
         fp8_recipes=tuple(recipe.value for recipe in profile.fp8_recipes),

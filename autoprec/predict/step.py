@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from autoprec.common.recipes import Precision
 from autoprec.model.roles import Role, own_name, role_of
-from autoprec.predict.gemm import Kernel, kernel_flops_per_us
+from autoprec.predict.gemm import kernel_flops_per_us
 from autoprec.predict.layers import Setting, element_bytes, layer_times
 from autoprec.predict.linear import linear_times
 from autoprec.predict.parallel import (
@@ -144,7 +144,7 @@ def products_us(spec: ModelSpec, activation: Option, setting: Setting) -> float:
     """Return the matrix products outside of layers, such as attention, which has heads to split."""
     rate = setting.machine.bf16_peak_tflops * setting.machine.attention_fraction * 1e6
     if activation.precision is Precision.FP32:
-        rate = kernel_flops_per_us(setting.machine, Kernel.FP32)
+        rate = kernel_flops_per_us(setting.machine, setting.fp32_kernel())
     return spec.product_flops / setting.parallel.tp / rate * _passes(setting)
 
 
@@ -162,7 +162,9 @@ def _uncalled_us(spec: ModelSpec, layer: LayerSpec, option: Option, setting: Set
     N, K = layer.parameters[0].shape
     share = parameter_share(layer, setting.parallel)
     machine, M = setting.machine, spec.tokens_per_step
-    return share * linear_times(machine, M, K, N, option, compiled=setting.compiled).total
+    wide = setting.fp32_kernel(layer.kind)
+    times = linear_times(machine, M, K, N, option, compiled=setting.compiled, fp32=wide)
+    return share * times.total
 
 
 def optimizer_us(spec: ModelSpec, setting: Setting) -> float:

@@ -301,13 +301,16 @@ class AsWritten(Record):
 
     Dtypes are torch's names without `torch.`: of the autocast around the model ("" for none), the
     16-bit ones among the parameters, and the one in which FSDP's policy gathers them. What is
-    measured of numerics is without all of it.
+    measured of numerics is without all of it. FP32 products, or cuDNN's convolutions, may be in
+    TF32 where the process allows it.
     """
 
     autocast: str = ""
     gathered: str = ""
     parameters: tuple[str, ...] = ()
     is_compiled: bool = False
+    allow_tf32: bool = False
+    allow_tf32_conv: bool = True  # torch's default
 
     @property
     def is_fp32(self) -> bool:

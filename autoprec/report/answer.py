@@ -18,6 +18,7 @@ from autoprec.report.step_times import Speedup, title_of
 PAYS, LOSES, UNSURE = "FP8 pays", "FP8 is not worth it", "Whether FP8 pays is not certain"
 TOO_LARGE = "Too large for the device"
 MOST_LEFT_OUT = 0.5  # of the weights: times of fewer layers do not decide what a whole step takes
+NO_MASTERS = "what 16-bit parameters without FP32 masters cost in loss is not measured"
 LEADS = {
     Verdict.VERIFIED: "Train with",
     Verdict.INCONCLUSIVE: "Not proven yet:",
@@ -92,7 +93,10 @@ def _rival_sentence(
         return f"{LOSES}: {_slower(plan, speedup)}"
     advice = "Keep what you run" if rival == _now(speedups) else "Train in FP32"
     basis = _basis(plan, speedup)
-    return f"{advice}: this plan is {_fast(speedup)} as {_named(run, rival)} ({basis})"
+    written = run.profile.model.as_written if run.profile and rival == "as_written" else None
+    # the proof is against FP32 copies of the weights
+    masters = f"; {NO_MASTERS}" if written and written.parameters else ""
+    return f"{advice}: this plan is {_fast(speedup)} as {_named(run, rival)} ({basis}){masters}"
 
 
 def predicted_without(plan: Plan, basis: Basis, *, least: float = 0.0) -> str:

@@ -137,12 +137,19 @@ def plan_speedups(run: RunRecords) -> dict[str, Speedup]:
     shared_ms: dict[str, float] = {}
     if plan.basis is Basis.PREDICTED:
         steps |= _model_steps(run)
-        shared_ms = dict.fromkeys(("bf16_o2", "autocast_bf16"), _shared_ms(run))
+        shared_ms = dict.fromkeys(_bf16_baselines(run), _shared_ms(run))
     return {
         label: _speedup(steps[label], plan, shared_ms.get(label, 0.0))
         for label in BASELINES
         if label in steps
     }
+
+
+def _bf16_baselines(run: RunRecords) -> tuple[str, ...]:
+    """Return the baselines whose layers run in BF16."""
+    written = run.profile.model.as_written if run.profile else None
+    is_bf16 = written is not None and not written.is_fp32
+    return ("bf16_o2", "autocast_bf16", *(["as_written"] if is_bf16 else []))
 
 
 def _shared_ms(run: RunRecords) -> float:
