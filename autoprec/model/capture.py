@@ -124,7 +124,10 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
     every = {name: [*own, *scanned[name]] for name, own in calls.items()}
     mix, tokens = joined_over_ranks(workload, mix, every)
     optimizer = workload.build_optimizer(model)
-    _make_state(Training(workload, model, optimizer), batches[0], seed=seed)
+    # a step for the optimizer's state, whose size is asked for, and so that its hooks see it; with
+    # the draws of the step that was seen: layers may be dropped at random
+    seed_generators(seed)
+    Training(workload, model, optimizer).step([batches[0]])
     context.progress("capture", 3, 3)
     seen = ObservedStep(
         model,
@@ -144,15 +147,6 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
         batch_bytes=sum(p.nbytes for x in tensors_in(batches[0]) for p in plain_parts(x)),
     )
     return make_spec(seen, workload)
-
-
-def _make_state(training: Training, batch: Batch, *, seed: int) -> None:
-    """Step once for the optimizer's state, whose size is asked for, and so that its hooks see it.
-
-    Gradients are of the step that was seen, with its draws: layers may be dropped at random.
-    """
-    seed_generators(seed)
-    training.step([batch])
 
 
 def run_seen(

@@ -158,7 +158,8 @@ def copy_model(model: nn.Module) -> nn.Module:
     own = [item for module in model.modules() for item in vars(module).items()]
     kept = [value for name, value in own if name not in STATE]
     # what `deepcopy` finds in its memo it takes as it is
-    memo: Memo = {id(t): t.detach().clone() for t in tree_leaves(kept) if _has_graph(t)}
+    tensors = (leaf for leaf in tree_leaves(kept) if isinstance(leaf, Tensor))
+    memo: Memo = {id(t): t.detach().clone() for t in tensors if not t.is_leaf}
     try:
         copied = copy.deepcopy(model, found := dict(memo))
     except REFUSALS:
@@ -184,10 +185,6 @@ def _rebound(value: Any, copies: Memo) -> Any:  # Any: an attribute of a module
     rebound = FunctionType(*names, cells)
     rebound.__kwdefaults__ = value.__kwdefaults__
     return rebound
-
-
-def _has_graph(value: object) -> bool:
-    return isinstance(value, Tensor) and not value.is_leaf
 
 
 def _can_be_copied(value: object, memo: Memo) -> bool:

@@ -141,18 +141,13 @@ def _batch_on_meta(batch: Batch, values: KnownValues) -> Batch:
 
 
 def _run_step(workload: Workload, model: nn.Module, batch: Batch) -> bool:
-    """Run forward and backward; return whether the latter runs on meta."""
-    loss = workload.loss_fn(model, batch)
-    with workload.plainly():
-        return _fill_gradients(model, loss)
-
-
-def _fill_gradients(model: nn.Module, loss: Tensor) -> bool:
     """Return whether the backward runs on meta; else every parameter is given a gradient."""
+    loss = workload.loss_fn(model, batch)
     if not loss.requires_grad:
         raise CaptureError(capture.NEEDS_NO_GRADIENT)
     try:
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
+        with workload.plainly():
+            loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
     except (RuntimeError, *LOOKED_AT_VALUES) as error:
         logger.warning(
             "the backward does not run on meta tensors (%s): all trainable parameters are taken "

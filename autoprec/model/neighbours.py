@@ -13,6 +13,7 @@ Only a function that gives the whole of the layer's input, or takes the whole of
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,7 +106,8 @@ class NeighbourWatch(TorchFunctionMode):
         neighbour = None
         if function is not None and result is not None:
             shape = tuple(result.shape)
-            neighbour = Neighbour(function, _detached(args), _detached(kwargs), shape)
+            kept = tree_map_only(Tensor, _apart, (args, kwargs))
+            neighbour = Neighbour(function, kept[0], kept[1], shape)
             self._recent[_storage(result)] = result, neighbour
             while len(self._recent) > MOST_RECENT:
                 self._recent.popitem(last=False)
@@ -119,16 +121,12 @@ class NeighbourWatch(TorchFunctionMode):
             if _is_whole(output, given):
                 found.behind = replace(neighbour, shape=tuple(given.shape), place=place)
                 if result.requires_grad:
-                    result.register_hook(_Catch(found.behind))  # type: ignore[no-untyped-call]  # torch
+                    result.register_hook(partial(_catch, found.behind))  # type: ignore[no-untyped-call]  # torch
 
 
-@dataclass
-class _Catch:
-    neighbour: Neighbour
-
-    def __call__(self, gradient: Tensor | None) -> None:
-        if gradient is not None:  # not of an autograd function that has none
-            self.neighbour.gradient = gradient.detach()
+def _catch(neighbour: Neighbour, gradient: Tensor | None) -> None:
+    if gradient is not None:  # not of an autograd function that has none
+        neighbour.gradient = gradient.detach()
 
 
 def own_kernel(x: Any) -> str:  # Any: whatever a layer is called with
@@ -157,10 +155,6 @@ def _storage(tensor: Tensor) -> int:
     """Return where a tensor's values are: of a DTensor this rank's."""
     own = local_part(tensor)
     return id(own) if is_traceable_wrapper_subclass(own) else own.untyped_storage().data_ptr()
-
-
-def _detached(arguments: Any) -> Any:  # Any: nested arguments
-    return tree_map_only(Tensor, _apart, arguments)
 
 
 def _apart(tensor: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def name_kernels(
 
     `options` are the FP8 ones that it was made with.
     """
-    groups = [group for group in group_layers(profile.model, options) if _has_fp8(group, profile)]
+    groups = [own for own in group_layers(profile.model, options) if _timed_fp8(own, profile)]
     recorded = record_groups(context, groups)
     names: dict[tuple[str, Option], tuple[str, ...]] = {}
     for group in groups:
@@ -53,10 +53,6 @@ def name_kernels(
         for row in profile.layers
     )
     return profile.model_copy(update={"layers": rows, "has_kernel_names": True})
-
-
-def _has_fp8(group: Group, profile: Profile) -> bool:
-    return bool(_timed_fp8(group, profile))
 
 
 def _timed_fp8(group: Group, profile: Profile) -> list[LayerTiming]:

@@ -14,8 +14,8 @@ Code that torch.compile traces, what has a graph, and other dtypes see torch's o
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -62,7 +62,8 @@ def _update_average(updates: Function, average: Any, model: nn.Module) -> None:
     low = [pair for pair in met if pair[0].dtype is torch.bfloat16]
     found = _planned(weight for _, weight in met)
     exact = {id(w): _exact(w, found).to(a.dtype) for a, w in met if a.dtype is not torch.bfloat16}
-    weights = _Weights([exact.get(id(w), w) for _, w in pairs], model.buffers)
+    own_weights = [exact.get(id(w), w) for _, w in pairs]
+    weights = SimpleNamespace(parameters=lambda: iter(own_weights), buffers=model.buffers)
     is_first, own = bool(average.n_averaged == 0), average.multi_avg_fn
     if low and own is None:
         by_one = average.avg_fn and functools.partial(_average_each, average.avg_fn)
@@ -73,17 +74,6 @@ def _update_average(updates: Function, average: Any, model: nn.Module) -> None:
         average.multi_avg_fn = own
     if low and is_first:
         _follow(torch._foreach_copy_, *map(list, zip(*low, strict=True)))
-
-
-@dataclass(frozen=True)
-class _Weights:
-    """A model as an AveragedModel takes it, with FP32 weights where the average has such."""
-
-    exact: Sequence[Tensor]
-    buffers: Callable[[], Iterator[Tensor]]
-
-    def parameters(self) -> Iterator[Tensor]:
-        return iter(self.exact)
 
 
 def _average_each(own: Function, averages: Any, ends: Any, count: Tensor) -> None:

@@ -225,20 +225,16 @@ def _note(flags: dict[str, Tensor], name: str, tensor: Tensor) -> None:
     forward, whose flag joins the first one's, must have the same.
     """
     with _disable_current_modes():
-        _note_unseen(flags, name, tensor)
-
-
-def _note_unseen(flags: dict[str, Tensor], name: str, tensor: Tensor) -> None:
-    local = local_part(tensor.detach())
-    # what has no values, or those of a transform such as vmap, says nothing
-    if local.is_meta or isinstance(local, FakeTensor) or is_functorch_wrapped_tensor(local):
-        return
-    if local.is_nested:
-        local = local.values()
-    elif local.layout is torch.sparse_coo:
-        local = local._values()
-    flag = local.isfinite().all()
-    flags[name] = flags[name] & flag if name in flags else flag
+        local = local_part(tensor.detach())
+        # what has no values, or those of a transform such as vmap, says nothing
+        if local.is_meta or isinstance(local, FakeTensor) or is_functorch_wrapped_tensor(local):
+            return
+        if local.is_nested:
+            local = local.values()
+        elif local.layout is torch.sparse_coo:
+            local = local._values()
+        flag = local.isfinite().all()
+        flags[name] = flags[name] & flag if name in flags else flag
 
 
 def _bad(flags: Mapping[K, Tensor]) -> list[K]:

@@ -176,13 +176,14 @@ class Masters:
         is_due = self.steps <= CLOSE_LOOKS or self.steps % CLOSE_LOOK_EVERY == 0
         self._hear_of_looks()
         if 1 < self.steps <= CLOSE_LOOKS and not self.loaded:
-            self._lost.append(self._left_unchanged(changed))
+            self._lost.append([*map(LateValues, self._compared(changed))])
         if self.loaded:
             changed += [p for p in parameters if p in self.loaded]
         for parameter in changed:
             self.current(parameter, looks_closer=False)
         if is_due or self.is_watching:
-            self._look_closer(parameters)
+            same = self._compared(parameters, adopts=True)
+            self._looks += [] if self.is_watching else map(LateValues, same)
         if is_due and self.steps >= CLOSE_LOOKS:
             self._look_for_averages()
         if len(self.stepped) < len(self.values):
@@ -190,31 +191,24 @@ class Masters:
             self._look_for_updates()
 
     @torch.no_grad()
-    def _look_closer(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Take over what was written through `.data`; whether anything was, is told later."""
-        found: dict[torch.device, Tensor] = {}
+    def _compared(
+        self, parameters: Sequence[nn.Parameter], *, adopts: bool = False
+    ) -> Iterable[Tensor]:
+        """Return by device whether all these parameters are what their masters round to.
+
+        With `adopts` masters take over what is not: it was written through `.data`.
+        """
+        same: dict[torch.device, Tensor] = {}
         for parameter in parameters:
             master = local_part(self.values[parameter])  # type: ignore[arg-type]  # all are current
             written = local_part(parameter.detach())
-            device = master.device
             for part, new in _pieces(master, written):  # a large tensor's copies would not fit
                 is_same = _bits(part.to(new.dtype)) == _bits(new)
-                part.copy_(torch.where(is_same, part, new.float()))
-                differs = ~is_same.all()
-                found[device] = found[device] | differs if device in found else differs
-        if not self.is_watching:
-            self._looks += [LateValues(differs) for differs in found.values()]
-
-    @torch.no_grad()
-    def _left_unchanged(self, written: Sequence[nn.Parameter]) -> list[LateValues]:
-        """Return, to be read later, whether what was written into parameters left every bit."""
-        same: dict[torch.device, Tensor] = {}
-        for parameter in written:
-            master = local_part(self.values[parameter])  # type: ignore[arg-type]  # it was stepped
-            for part, new in _pieces(master, local_part(parameter.detach())):
-                is_same = (_bits(part.to(new.dtype)) == _bits(new)).all()
-                same[new.device] = same[new.device] & is_same if new.device in same else is_same
-        return [LateValues(is_same) for is_same in same.values()]
+                if adopts:
+                    part.copy_(torch.where(is_same, part, new.float()))
+                before, is_same = same.get(new.device), is_same.all()
+                same[new.device] = is_same if before is None else before & is_same
+        return same.values()
 
     def _hear_of_looks(self) -> None:
         looks, self._looks = self._looks, []
@@ -222,7 +216,7 @@ class Masters:
             lost, self._lost = self._lost, []
             if all(each and all(all(look.read()) for look in each) for each in lost):
                 _warn_of_lost_writes()
-        if any(any(look.read()) for look in looks) and not self.is_watching:
+        if not all(all(look.read()) for look in looks) and not self.is_watching:
             self._warn_of_writes()
 
     def _warn_of_writes(self) -> None:

@@ -91,13 +91,8 @@ class Cells:
         return np.array([*prices, self.costs.outside_bf16.grad_error])
 
     @cached_property
-    def parts_of(self) -> Indices:
-        """The columns of each cell's parts, one per kind."""
-        return self._columns[0]
-
-    @cached_property
     def _columns(self) -> tuple[Indices, list[tuple[str, float]]]:
-        """The columns of each cell, and the kind and stated error of each column."""
+        """The columns of each cell's parts, one per kind; each column's kind and stated error."""
         columns: dict[tuple[str, object], int] = {}
         stated: list[tuple[str, float]] = []
 
@@ -131,7 +126,7 @@ class Cells:
 
     def errors(self, parts: Floats) -> Floats:
         """Return each cell's error with these parts."""
-        found: Floats = self.table * np.exp(parts[self.parts_of].sum(axis=1))
+        found: Floats = self.table * np.exp(parts[self._columns[0]].sum(axis=1))
         return found
 
     def log_error(self, cells: Indices, errors: Floats, islands: float) -> tuple[float, Floats]:
@@ -142,8 +137,9 @@ class Cells:
         own = errors[cells]
         total = max(float(own.sum()) + islands, LEAST)
         weights = np.repeat(own / total, len(SHARED))
-        slope = np.zeros(len(self._columns[1]))
-        slope += np.bincount(self.parts_of[cells].ravel(), weights, len(slope))
+        columns, kinds = self._columns
+        slope = np.zeros(len(kinds))
+        slope += np.bincount(columns[cells].ravel(), weights, len(slope))
         return math.log(total), slope
 
 

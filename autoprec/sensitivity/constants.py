@@ -47,7 +47,9 @@ class Constants:
         taken, made = _floating(args), _floating(result)
         is_moved = any(x.requires_grad or x in self._other_names for x in taken)
         if torch.is_grad_enabled():
-            self._see_used([x for x in taken if not x.requires_grad])
+            for x in (x for x in taken if not x.requires_grad):
+                self.given |= self._parts.get(x, {})
+                self._used |= self._made_of.get(x, set())
         elif _is_in_function():
             self._other_names.update((y, True) for y in made if is_moved)
         else:
@@ -56,11 +58,6 @@ class Constants:
                 self._see_constants(func, made)
             elif parts := {n: part for x in taken for n, part in self._parts.get(x, {}).items()}:
                 self._parts.update((y, parts) for y in made)
-
-    def _see_used(self, constant: list[Tensor]) -> None:
-        for x in constant:
-            self.given |= self._parts.get(x, {})
-            self._used |= self._made_of.get(x, set())
 
     def _see_nodes(self, taken: list[Tensor], made: list[Tensor]) -> None:
         behind = {x.grad_fn for x in taken if x.grad_fn is not None}

@@ -39,10 +39,6 @@ class JointMeter:
             )
         return self._measured[options, batches]
 
-    def measure_uniform(self) -> Estimate:
-        """Return the joint gradient error of uniform BF16."""
-        return self._measure_bf16(())
-
     def measure_activations(
         self, rows: Sequence[LayerSensitivity], joint: Estimate
     ) -> tuple[Estimate, tuple[Island, ...]]:
@@ -57,15 +53,15 @@ class JointMeter:
         error of small subsets).
         """
         self.islands, left = find_islands(
-            self.reference, rows, joint.mean, lambda islands: self._measure_bf16(islands).mean
+            self.reference, rows, joint.mean, lambda islands: self.measure_bf16(islands).mean
         )
         inside = {name for island in self.islands for name in island.names}
         bf16 = [row for row in rows if row.option == BF16_O2 and row.name not in inside]
         error = max(left - math.fsum(row.grad_error.mean for row in bf16), 0.0)
         return joint.model_copy(update={"mean": error}), self.islands
 
-    def _measure_bf16(self, islands: Sequence[Island]) -> Estimate:
-        """Return the joint gradient error of BF16 but for islands."""
+    def measure_bf16(self, islands: Sequence[Island] = ()) -> Estimate:
+        """Return the joint gradient error of uniform BF16 but for islands."""
         spec = self.reference.spec
         fp32 = tied_with(spec, [name for island in islands for name in island.names])
         options = {**spec.bf16_options, **dict.fromkeys(fp32, FP32)}

@@ -84,7 +84,7 @@ def _measure_table(
 ) -> tuple[Checked, Estimate, tuple[Island, ...]]:
     """Measure the table and what plans pay beside it, and check their sum."""
     table, meter = make_table(reference, cells, method), JointMeter(reference)
-    uniform = meter.measure_uniform()
+    uniform = meter.measure_bf16()
     table = bf16_within(measure_bf16(reference, table, uniform), uniform)
     activation_error, islands = meter.measure_activations(table.rows, uniform)
     outside = between_layers(activation_error, islands)
