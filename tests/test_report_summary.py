@@ -21,7 +21,7 @@ from autoprec.report import RunRecords, formats, render_html, summary_object
 from autoprec.report.answer import Answer
 from autoprec.report.answer_page import answer_facts, next_lines
 from autoprec.report.promise import Promise
-from autoprec.report.step_times import plan_speedups, plan_steps
+from autoprec.report.step_times import Speedup, plan_speedups, plan_steps
 from autoprec.report.summary import apply_line, summarise_run
 from tests.report_runs import CPU, H100, make_run, predicted_run, total_ms, uncertified
 from tests.report_runs import step as step_of
@@ -408,6 +408,17 @@ def test_a_predicted_gain_over_16_bits_as_written_is_as_sure_as_over_autocast() 
         changed = profile.model_copy(update={"model": model, "steps": steps})
         found = summarise_run(replace(run, profile=changed)).speedups
         assert (found["as_written"] == found["autocast_bf16"]) is is_shared
+
+
+@pytest.mark.parametrize(
+    ("value", "is_gain", "is_loss"),
+    [(1.003, False, False), (0.997, False, False), (1.2, True, False), (0.8, False, True)],
+)
+def test_a_ratio_without_an_interval_that_prints_as_1_is_no_gain(
+    value: float, is_gain: bool, is_loss: bool
+) -> None:
+    found = Speedup(value, None, None, Basis.PREDICTED)
+    assert (found.is_gain, found.is_loss) == (is_gain, is_loss)
 
 
 def test_what_is_faster_without_masters_is_not_said_to_learn_as_well() -> None:

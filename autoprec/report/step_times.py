@@ -23,6 +23,7 @@ from autoprec.report import formats
 from autoprec.report.formats import STEP_TITLES, step_title
 from autoprec.report.runs import RunRecords
 
+NOTHING = 0.005  # what is printed as 1.00x
 DRIFT = 1.2  # between two sets of the same step, from which it is worth a word
 
 
@@ -43,13 +44,13 @@ class Speedup:
 
     @property
     def is_gain(self) -> bool:
-        """Whether the plan is faster beyond doubt: by the whole interval."""
-        return (self.value if self.low is None else self.low) > 1.0
+        """Whether the plan is faster beyond doubt: by the whole interval, or to two places."""
+        return self.value >= 1.0 + NOTHING if self.low is None else self.low > 1.0
 
     @property
     def is_loss(self) -> bool:
         """Whether the plan is slower beyond doubt."""
-        return (self.value if self.high is None else self.high) < 1.0
+        return self.value <= 1.0 - NOTHING if self.high is None else self.high < 1.0
 
     def discounted(self, extra_steps: float) -> "Speedup":
         """Return the time-to-loss speedup: the same steps take longer, or more are needed.
