@@ -111,7 +111,8 @@ class CudaClock:
             self.load()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch's own
             allocations = self._allocations()
-            self._spin(lead_ms)
+            if lead_ms > 0:  # the device spins
+                torch.cuda._sleep(round(lead_ms * self.sleep_cycles_per_ms))  # type: ignore[no-untyped-call]  # torch's own
             self.buffer.zero_()  # evicts what L2 held
             start.record()
             started = time.perf_counter()
@@ -147,10 +148,6 @@ class CudaClock:
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end))
-
-    def _spin(self, ms: float) -> None:
-        if ms > 0:
-            torch.cuda._sleep(round(ms * self.sleep_cycles_per_ms))  # type: ignore[no-untyped-call]  # torch's own
 
     def _allocations(self) -> tuple[int, ...]:
         stats = torch.cuda.memory_stats(self.device)

@@ -37,17 +37,14 @@ def random_state_kept() -> Iterator[None]:
     numpy_random = sys.modules.get("numpy.random")
     states_np = numpy_random.get_state() if numpy_random is not None else None
     state_py = random.getstate()
-    state_cpu = torch.get_rng_state()
-    states_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]  # torch's own
+    count = torch.cuda.device_count() if torch.cuda.is_initialized() else 0  # type: ignore[no-untyped-call]  # torch's own
     try:
-        yield
+        with torch.random.fork_rng(range(count)):
+            yield
     finally:
         if numpy_random is not None:
             numpy_random.set_state(states_np)
         random.setstate(state_py)
-        torch.set_rng_state(state_cpu)
-        if states_cuda:
-            torch.cuda.set_rng_state_all(states_cuda)
 
 
 def global_states() -> list[Any]:  # Any: each generator has its own

@@ -14,7 +14,8 @@ import torch
 CUDNN: Any = torch.backends.cudnn  # Any: the stubs do not know the newer settings
 MATMUL: Any = torch.backends.cuda.matmul
 MKLDNN: Any = torch.backends.mkldnn
-SETTINGS = (MATMUL, CUDNN.conv, CUDNN.rnn, MKLDNN.matmul)
+CUDNN_PARTS = (CUDNN.conv, CUDNN.rnn)
+SETTINGS = (MATMUL, *CUDNN_PARTS, MKLDNN.matmul)
 UNSET, TF32, IEEE = "none", "tf32", "ieee"  # unset: as the setting above it says
 
 
@@ -51,20 +52,17 @@ def tf32_off() -> Iterator[None]:
     try:
         for switch in older:
             switch(False)
-        for allows, own in ((matmul_allows_tf32, MATMUL), (_cudnn_allows_any, CUDNN)):
-            if allows():
-                for setting in (own.conv, own.rnn) if own is CUDNN else (own,):
-                    setting.fp32_precision = IEEE
+        if matmul_allows_tf32():
+            MATMUL.fp32_precision = IEEE
+        if TF32 in (_chosen(own.fp32_precision, CUDNN.fp32_precision) for own in CUDNN_PARTS):
+            for own in CUDNN_PARTS:
+                own.fp32_precision = IEEE
         yield
     finally:
         for switch in older:
             switch(True)
         for own, before in newer:
             own.fp32_precision = before
-
-
-def _cudnn_allows_any() -> bool:
-    return cudnn_allows_tf32() or _chosen(CUDNN.rnn.fp32_precision, CUDNN.fp32_precision) == TF32
 
 
 def _older_settings() -> list[Callable[[bool], None]]:

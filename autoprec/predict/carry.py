@@ -18,7 +18,6 @@ Layers that share a parameter share its storage: where one of them is 16-bit, al
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 from autoprec.predict.family import depth_weights, find_places
 from autoprec.records.model import BF16_O2, FP32, Basis, LayerSpec, ModelSpec, Option
@@ -41,19 +40,9 @@ def carry_plan(plan: Plan, proxy: ModelSpec, sensitivity: Sensitivity) -> Plan:
         changes = list(_changes(chosen, votes, table, plan))
         if not changes:
             break  # as much as the proxy can; the record holds both errors
-        change = max(changes, key=lambda each: (each.votes, -each.added))
-        chosen = _share_storage({**chosen, change.name: change.option}, proxy)
+        _, name, option = max(changes, key=lambda change: change[0])
+        chosen = _share_storage({**chosen, name: option}, proxy)
     return _carried(plan, proxy, chosen, votes, table)
-
-
-@dataclass(frozen=True)
-class _Change:
-    """A layer in another option, the share of its votes that are for it, and the error it adds."""
-
-    name: str
-    option: Option
-    votes: float
-    added: float
 
 
 class _Table:
@@ -80,7 +69,7 @@ class _Table:
 
 
 def _votes(plan: Plan, proxy: ModelSpec) -> Votes:
-    """Return the weight of the plan's layers for each option at each layer of the proxy."""
+    """Return the share of the plan's layers, by weight, for each option at each proxy layer."""
     found: dict[str, dict[Option, float]] = defaultdict(lambda: defaultdict(float))
     places = find_places((layer.name for layer in plan.layers), proxy.names)
     for layer in plan.layers:
@@ -88,7 +77,8 @@ def _votes(plan: Plan, proxy: ModelSpec) -> Votes:
             weights = depth_weights(place.index, place.count, len(place.peers))
             for at, weight in weights.items():
                 found[place.peers[at]][layer.option] += weight
-    return found
+    wholes = {name: math.fsum(own.values()) for name, own in found.items()}
+    return {name: {o: n / wholes[name] for o, n in own.items()} for name, own in found.items()}
 
 
 def _most_voted(layer: LayerSpec, votes: Votes, table: _Table, plan: Plan) -> Option:
@@ -102,15 +92,17 @@ def _most_voted(layer: LayerSpec, votes: Votes, table: _Table, plan: Plan) -> Op
 
 def _changes(
     chosen: Mapping[str, Option], votes: Votes, table: _Table, plan: Plan
-) -> Iterator[_Change]:
-    """Yield every change of one layer to an option of the plan that has more error there."""
+) -> Iterator[tuple[tuple[float, float], str, Option]]:
+    """Yield every change of one layer to an option of the plan that has more error there.
+
+    Before it is how good it is: the share of votes for it, then how little error it adds.
+    """
     for name, old in chosen.items():
         own = votes.get(name, {})
-        whole = math.fsum(own.values())
         for option in dict.fromkeys((*own, *plan.options)):
             added = table.error(name, option) - table.error(name, old)
             if added > 0.0 and table.can_take(name, option):
-                yield _Change(name, option, own.get(option, 0.0) / whole if own else 0.0, added)
+                yield (own.get(option, 0.0), -added), name, option
 
 
 def _share_storage(chosen: Mapping[str, Option], proxy: ModelSpec) -> dict[str, Option]:
@@ -158,8 +150,7 @@ def _carried(
 
 def _assignment(layer: LayerSpec, option: Option, votes: Votes, table: _Table) -> Assignment:
     own = votes.get(layer.name, {})
-    whole = math.fsum(own.values())
-    shares = ", ".join(f"{100 * n / whole:.0f} % {o}" for o, n in own.items())
+    shares = ", ".join(f"{100 * n:.0f} % {o}" for o, n in own.items())
     return Assignment.of(
         layer,
         option,

@@ -169,12 +169,8 @@ def _without_peer(spec: ModelSpec, other: ModelSpec) -> list[str]:
     called = [layer for layer in spec.layers if layer.calls and layer.kind is not LayerKind.LINEAR]
     rest = [layer.name for layer in other.layers if layer.kind is not LayerKind.LINEAR]
     pairs = ((_linears(spec), _linears(other)), ([layer.name for layer in called], rest))
-    return [name for own, peers in pairs for name in _absent(own, peers)]
-
-
-def _absent(own: Sequence[str], peers: Sequence[str]) -> list[str]:
-    places = find_places(own, peers)
-    return [name for name in own if name not in places]
+    placed = [(own, find_places(own, peers)) for own, peers in pairs]
+    return [name for own, places in placed for name in own if name not in places]
 
 
 def _linears(spec: ModelSpec) -> list[str]:

@@ -101,7 +101,8 @@ class LayerMeter:
         """Return a row for every option of the group; those `asked` for are run, however slow."""
         self.name = group.first.name
         reason = self.kept.why_ended(self.name, FP32)  # what would the others be compared with?
-        reason = reason or _unlike_calls(calls)
+        is_unlike = not reason and len(set(gathered(len(calls)))) > 1
+        reason = CALLED_OTHERWISE if is_unlike else reason  # ranks would wait for each other
         if not calls or reason:  # what the step does not call has bytes but no time
             attempts = [Attempt(option, unknown=reason) for option in group.options]
             return [self._row(group, attempt, None, {}) for attempt in attempts]
@@ -301,11 +302,6 @@ def _steps_of(attempts: Sequence[Attempt]) -> dict[tuple[Option, bool], Function
     if any(between and option.is_fp8 for option, between in steps):
         return steps
     return {key: step for key, step in steps.items() if not key[1]}
-
-
-def _unlike_calls(calls: Sequence[Call]) -> str:
-    """Return why a layer is not timed where ranks would wait for each other's calls; else ""."""
-    return CALLED_OTHERWISE if len(set(gathered(len(calls)))) > 1 else ""
 
 
 def far_slower_than_fp32(total_ms: Mapping[Option, float]) -> set[Option]:

@@ -119,16 +119,12 @@ def picture(width: float, height: float, content: Iterable[Markup], *, title: st
 
 def legend(entries: Iterable[tuple[str, str]]) -> Markup:
     """Return an HTML legend of (CSS class of the mark, words)."""
-    items = (
-        Markup('<span class="key">{}{}</span>').format(_swatch(kind), words)
-        for kind, words in entries
-    )
-    return Markup('<div class="legend">{}</div>').format(Markup("").join(items))
-
-
-def _swatch(kind: str) -> Markup:
-    square = mark("rect", kind=kind, x=1, y=1, width=10, height=10, rx=2)
-    return mark("svg", square, width=12, height=12)
+    items = Markup("")
+    for kind, words in entries:
+        square = mark("rect", kind=kind, x=1, y=1, width=10, height=10, rx=2)
+        swatch = mark("svg", square, width=12, height=12)
+        items += Markup('<span class="key">{}{}</span>').format(swatch, words)
+    return Markup('<div class="legend">{}</div>').format(items)
 
 
 def padded(low: float, high: float) -> tuple[float, float]:

@@ -34,7 +34,7 @@ from autoprec.runtime.gathers import check_gathers
 from autoprec.runtime.layouts import MASTER, read_from_any_layout
 from autoprec.runtime.masters import LIVE, Masters, masters_of
 from autoprec.runtime.state_dicts import keep_exact_loads
-from autoprec.runtime.stepping import Chunk, Layout, raw_step
+from autoprec.runtime.stepping import Chunk, Layout, are_same, raw_step
 from autoprec.workload.optimizers import (
     FLAG,
     MANY_CLOSURES,
@@ -233,7 +233,7 @@ class Attachment:
                 f"{type(optimizer).__name__} writes into the model's parameters by another way, "
                 "past their FP32 masters; let it take them from self.param_groups, and start again"
             )
-        if not _are_values_of(optimizer.state, shadow.state):
+        if not are_same(optimizer.state.values(), shadow.state.values()):
             _adopt_state(optimizer, shadow, layout.pairs)
         _adopt_settings(optimizer, shadow, layout.pairs)
         layout.copy_down()
@@ -258,9 +258,8 @@ class Attachment:
 
     def cast_shadow(self, optimizer: Optimizer, layout: Layout) -> Optimizer:
         """Return the shadow, which steps the masters of `layout`."""
-        shadow, has_state = self.shadow, "state" in vars(self.shadow)
-        is_known = self.shadowed is layout and has_state
-        is_known = is_known and _are_values_of(optimizer.state, shadow.state)
+        shadow, is_known = self.shadow, self.shadowed is layout and "state" in vars(self.shadow)
+        is_known = is_known and are_same(optimizer.state.values(), shadow.state.values())
         self.shadowed = layout
         return set_shadow(shadow, optimizer, layout.pairs, has_state=is_known)
 
@@ -375,11 +374,6 @@ def _groups_of(shadow: Optimizer, chunk: Chunk) -> Iterator[None]:
         yield
     finally:
         shadow.param_groups = every
-
-
-def _are_values_of(state: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:  # Any: torch's own
-    """Whether two states hold the same objects in the same order, each under keys of its own."""
-    return len(state) == len(other) and all(map(operator.is_, state.values(), other.values()))
 
 
 def _adopt_state(optimizer: Optimizer, shadow: Optimizer, pairs: Pairs) -> None:

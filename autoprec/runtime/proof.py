@@ -317,11 +317,9 @@ class _LayerRecorder:
             owner = next((self.owners[at] for at in stored if at in self.owners), None)
             counts = "functional"
         if owner is not None:
-            is_backward = counts == "backward"
-            name = (
-                _backward_name(seen, packet, args, self.sizes.get(owner)) if is_backward else seen
-            )
-            getattr(self.traces[owner], counts)[name] += 1
+            if counts == "backward":
+                seen = _backward_name(seen, packet, args, self.sizes.get(owner))
+            getattr(self.traces[owner], counts)[seen] += 1
 
 
 def _backward_name(

@@ -77,12 +77,12 @@ def write_shards(folder: Path, checkpoint: Checkpoint) -> None:
     try:
         save({part: getattr(checkpoint, part) for part in PARTS}, checkpoint_id=partial)
         made_on_first_rank(finish)
-    except CheckpointException as error:  # every rank has it, with what each one met
+    except (CheckpointException, RecordError) as error:
         made_on_first_rank(drop)
+        if isinstance(error, RecordError):
+            raise
+        # every rank has it, with what each one met
         raise _unwritten(folder, error, checkpoint) from error
-    except RecordError:
-        made_on_first_rank(drop)
-        raise
 
 
 def _unwritten(folder: Path, error: CheckpointException, checkpoint: Checkpoint) -> BaseException:

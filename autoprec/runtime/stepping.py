@@ -16,7 +16,7 @@ that share one buffer of CHUNK_BYTES. Others, and steps with a closure, take all
 import inspect
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autoprec.device.ranks import local_part, placed_as, placed_like, sharded_tensor
-from autoprec.runtime.masters import Masters
+from autoprec.runtime.masters import Masters, Stamp
 
 CHUNK_BYTES = 2**28  # of FP32 gradients; an H100 steps through them in half a millisecond
 ALIGNMENT = 64  # elements; what vectorised kernels want
@@ -106,14 +106,12 @@ class Layout:
         self._groups = [list(group) for group in groups]
         self._stores = list(stores)
         every = [parameter for group in groups for parameter in group]
-        self._owned = [[p for p in every if p in store.values] for store in stores]
         self.pairs: dict[nn.Parameter, Tensor] = {}
-        for store, owned in zip(stores, self._owned, strict=True):
+        self._owned: list[tuple[list[nn.Parameter], list[Stamp]]] = []  # by store
+        for store in stores:
+            owned = [p for p in every if p in store.values]
             self.pairs |= {p: store.current(p, looks_closer=False) for p in owned}
-        self._stamps = [
-            [store.agreed[p] for p in owned]
-            for store, owned in zip(stores, self._owned, strict=True)
-        ]
+            self._owned.append((owned, [store.agreed[p] for p in owned]))
         self._state = self._store_state()
         self.chunks = self._split()
         self._parameters, self._masters = list(self.pairs), list(self.pairs.values())
@@ -130,8 +128,8 @@ class Layout:
         return (
             self.is_split is is_split
             and len(groups) == len(self._groups)
-            and all(map(_are_same, groups, self._groups))
-            and _are_same(stores, self._stores)
+            and all(map(are_same, groups, self._groups))
+            and are_same(stores, self._stores)
             and self._state == self._store_state()
         )
 
@@ -140,14 +138,14 @@ class Layout:
 
         Costs the host a look at the stamps, and the device nothing but in steps of a close look.
         """
-        for store, owned, stamps in zip(self._stores, self._owned, self._stamps, strict=True):
+        for store, (owned, stamps) in zip(self._stores, self._owned, strict=True):
             store.begin_step(owned, stamps)
         return self._state == self._store_state()
 
     def was_written(self) -> bool:
         """Whether somebody has written into the parameters since the step began."""
-        for owned, stamps in zip(self._owned, self._stamps, strict=True):
-            for parameter, stamp in zip(owned, stamps, strict=True):
+        for own in self._owned:  # a generator would be a call by the parameter
+            for parameter, stamp in zip(*own, strict=True):
                 if parameter._version != stamp.version:
                     return True
         return False
@@ -156,8 +154,8 @@ class Layout:
         """Round masters into the parameters' own BF16 storage: p = bf16(m)."""
         with torch.no_grad():
             torch._foreach_copy_(_locals(self._parameters), _locals(self._masters))
-        for owned, stamps in zip(self._owned, self._stamps, strict=True):
-            for parameter, stamp in zip(owned, stamps, strict=True):
+        for own in self._owned:
+            for parameter, stamp in zip(*own, strict=True):
                 stamp.version = parameter._version
 
     @torch.no_grad()
@@ -202,7 +200,8 @@ class Layout:
         return chunks
 
 
-def _are_same(some: Sequence[Any], others: Sequence[Any]) -> bool:  # Any: compared by identity
+def are_same(some: Collection[Any], others: Collection[Any]) -> bool:  # Any: whatever they hold
+    """Whether two collections hold the same objects in the same order."""
     return len(some) == len(others) and all(map(operator.is_, some, others))
 
 

@@ -51,19 +51,14 @@ def keep_reference(
 ) -> None:
     """Write a reference to a file."""
     named = training.model.named_parameters()
-    extra: dict[str, Any] = {  # Any: state dicts are trees of anything
-        "curve": curve,
-        "step_s": step_s,
-        "gradients": {name: p.grad for name, p in named if p.grad is not None},
-        "norm": training.norm,
-    }
+    gradients = {name: p.grad for name, p in named if p.grad is not None}
     content = {
-        "model": on_cpu(training.model.state_dict()),
-        "optimizer": on_cpu(training.optimizer.state_dict()),
-        "moving": on_cpu(packed_state(training.model)),
-        "extra": on_cpu(extra),
+        "model": training.model.state_dict(),
+        "optimizer": training.optimizer.state_dict(),
+        "moving": packed_state(training.model),
+        "extra": {"curve": curve, "step_s": step_s, "gradients": gradients, "norm": training.norm},
     }
-    save_content(path, content)
+    save_content(path, on_cpu(content))
 
 
 def digest_of(model: nn.Module, batches: list[Any]) -> str:  # Any: the user's batches
