@@ -165,6 +165,13 @@ def test_a_schedule_that_follows_a_loss_is_refused() -> None:
         start_training(workload, workload.build_model())
 
 
+def test_an_optimizer_that_cannot_step_is_said_in_one_line() -> None:
+    workload = make(build_optimizer=lambda model: torch.optim.SparseAdam(model.parameters()))
+    training = start_training(workload, workload.build_model())
+    with pytest.raises(WorkloadError, match=r"SparseAdam.step\(\) must .*dense gradients"):
+        training.step([next(workload.train_batches(0))])
+
+
 def test_a_long_rise_is_climbed_in_half_of_the_warm_up() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
     schedule = Schedule(cosine(optimizer, rise=100, steps=400), warmup_steps=10)

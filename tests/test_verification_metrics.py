@@ -136,6 +136,7 @@ def test_branches_measure_the_users_metrics_in_eval_mode_with_the_same_draws() -
         (lambda model: {"accuracy": None}, "must return numbers, but 'accuracy' is None"),
         (lambda model: {"accuracy": True}, "must return numbers, but 'accuracy' is True"),
         (lambda model: {"accuracy": torch.ones(2)}, "must return numbers, but 'accuracy' is"),
+        (lambda model: 10**400, r"evaluate\(model\) must give numbers that a float can hold"),
         (lambda model: {}, "must return a number, or numbers by name"),
         (lambda model: {1: 2.0}, "must return a number, or numbers by name"),
         (lambda model: {"accuracy": math.nan}, "finite numbers in FP32, but 'accuracy' is nan"),

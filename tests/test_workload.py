@@ -1,4 +1,5 @@
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim.lr_scheduler import StepLR
 
 from autoprec.errors import WorkloadError
 from autoprec.workload.functions import (
@@ -30,6 +32,10 @@ def workload_with(**functions: Any) -> Any:  # Any: see above
         "loss_fn": lambda model, batch: model(batch).sum(),
     }
     return workload_from(SimpleNamespace(**{**parts, **functions}), name="w.py")
+
+
+def sgd(model: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters())
 
 
 def test_a_training_script_is_not_run_as_a_workload(tmp_path: Path) -> None:
@@ -84,6 +90,8 @@ def test_a_mapping_takes_only_the_five_functions_and_says_which_is_missing() -> 
     [
         ({"build_model": lambda: 3}, "build", "must return an nn.Module, but it returned int"),
         ({"build_model": nn.ReLU}, "build", "has none"),
+        ({"build_model": lambda: sys.exit(0)}, "build", "it raised SystemExit"),
+        ({"build_model": lambda: torch.jit.script(nn.Linear(2, 2))}, "build", "torch.jit has"),
         ({"loss_fn": lambda m, b: m(b)}, "loss", r"shape \(2, 2\)"),
         ({"loss_fn": lambda m, b: 1.0}, "loss", "returned float"),
         ({"loss_fn": lambda m, b: torch.tensor(1)}, "loss", "scalar floating"),
@@ -97,6 +105,11 @@ def test_a_mapping_takes_only_the_five_functions_and_says_which_is_missing() -> 
             "lists others",
         ),
         ({"build_optimizer": lambda m: []}, "optimizer", "returned list"),
+        (
+            {"build_scheduler": lambda o: StepLR(sgd(nn.Linear(1, 1)), 9)},
+            "scheduler",
+            "its StepLR is of another one",
+        ),
         (
             {"build_optimizer": lambda m: torch.optim.SGD(m.parameters(), maximize=True)},
             "optimizer",
@@ -119,6 +132,7 @@ def test_misbehaving_function_is_one_clear_line(
         "batch": lambda: next(workload.train_batches(0)),
         "eval": workload.eval_batches,
         "optimizer": lambda: workload.build_optimizer(nn.Linear(2, 2)),
+        "scheduler": lambda: workload.build_scheduler(sgd(nn.Linear(1, 1))),
     }
     with pytest.raises(WorkloadError, match=message) as caught:
         calls[call]()
@@ -140,12 +154,30 @@ def test_exception_of_the_user_names_file_and_line(tmp_path: Path) -> None:
 NAMES = "build_model = train_batches = loss_fn = None\n"
 
 
-@pytest.mark.parametrize("text", ["def build_model(:\n", "import not_there_at_all\n"])
+@pytest.mark.parametrize(
+    "text", ["def build_model(:\n", "import not_there_at_all\n", "raise SystemExit\n"]
+)
 def test_file_that_does_not_import_is_one_clear_line(tmp_path: Path, text: str) -> None:
     path = tmp_path / "broken.py"
     path.write_text(NAMES + text)
     with pytest.raises(WorkloadError, match=r"broken.py must give a file that imports"):
         load_workload(str(path))
+
+
+def test_a_file_does_not_hide_a_module_of_python(tmp_path: Path) -> None:
+    (tmp_path / "json.py").write_text(NAMES)
+    with pytest.raises(WorkloadError, match="must not be named as one of Python's own modules"):
+        load_workload(str(tmp_path / "json.py"))
+
+
+def test_a_default_dtype_that_all_would_be_measured_in_is_refused() -> None:
+    workload = workload_with()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with pytest.raises(WorkloadError, match=r"at float32, .* but it is torch.bfloat16; return"):
+            workload.build_model()
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_object_in_a_file_can_be_the_workload(tmp_path: Path) -> None:

@@ -49,16 +49,17 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
 from autoprec.common.lost_ranks import is_of_lost_rank
 from autoprec.common.progress import NOW
 from autoprec.common.text import error_line, shown_value
 from autoprec.errors import AutoprecError, WorkloadError
-from autoprec.workload.optimizers import checked_optimizer, plain_parts
+from autoprec.workload.optimizers import checked_optimizer, checked_schedule, plain_parts
 from autoprec.workload.written import (
     LOW_PRECISION,
     Written,
+    check_built,
     is_compiled,
     no_autocast,
     note_moving,
@@ -140,17 +141,7 @@ class Workload:
     def _build(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         model = self._call("build_model()", nn.Module, "an nn.Module")
-        if next(model.parameters(), None) is None:
-            raise WorkloadError(
-                "build_model() must return a model with parameters, but "
-                f"{type(model).__name__} has none; there is nothing to train"
-            )
-        lazy = next((n for n, p in model.named_parameters() if nn.parameter.is_lazy(p)), "")
-        if lazy:
-            raise WorkloadError(
-                f"build_model() must return parameters that have a shape, but {lazy} is lazy; run "
-                "a batch through the model before it is returned"
-            )
+        check_built(model)
         if not model.training:  # else parts in eval mode are meant so (frozen norms)
             model.train()
         self.written.dtypes |= {p.dtype for p in model.parameters()} & {*LOW_PRECISION}
@@ -263,13 +254,7 @@ class Workload:
         if "build_scheduler" not in self._functions:
             return None
         call, wanted = "build_scheduler(optimizer)", "a torch.optim.lr_scheduler.LRScheduler"
-        scheduler = self._call(call, LRScheduler, wanted, optimizer)
-        if isinstance(scheduler, ReduceLROnPlateau):
-            raise WorkloadError(
-                f"{call} must return a schedule by steps, but ReduceLROnPlateau follows a loss; "
-                "leave it out: within the few steps that are trained it does nothing"
-            )
-        return scheduler
+        return checked_schedule(self._call(call, LRScheduler, wanted, optimizer), optimizer, call)
 
     def _call(self, call: str, kind: type[T], wanted: str, *args: object) -> T:
         """Call a function, written as `name(arguments)`, and return its result of this kind."""
@@ -420,7 +405,7 @@ def tensors_in(value: Any) -> list[Tensor]:  # Any: a batch, arguments, a model'
 
 @dataclass(frozen=True)
 class UserCode(AbstractContextManager["UserCode"]):
-    """Turns any exception of the user's code inside into one WorkloadError line."""
+    """Turns any exception of the user's code inside, and its exit, into one WorkloadError line."""
 
     function: str
     wanted: str
@@ -433,7 +418,7 @@ class UserCode(AbstractContextManager["UserCode"]):
         self, kind: object, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         NOW.goes_on()
-        if not isinstance(error, Exception) or isinstance(error, AutoprecError):
+        if not isinstance(error, Exception | SystemExit) or isinstance(error, AutoprecError):
             return
         if dist.is_available() and dist.is_initialized() and is_of_lost_rank(error):
             return  # met inside the user's code (FSDP gathers there), and no fault of it

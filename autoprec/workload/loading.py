@@ -30,6 +30,11 @@ def load_workload(reference: str) -> Workload:
             f"the workload must be a Python file, but {path} is not there; "
             "give a path such as model.py or model.py:name (or, with --meta, a config.json)"
         )
+    if path.stem in sys.stdlib_module_names:
+        raise WorkloadError(
+            "the workload's file must not be named as one of Python's own modules, which it would "
+            f"hide, but it is {path}; rename it"
+        )
     _check_text(path, () if name else tuple(REQUIRED))
     holder: object = _import_file(path)
     if name:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from autoprec.common.text import shown_value
 from autoprec.errors import WorkloadError
-from autoprec.workload.functions import Workload
+from autoprec.workload.functions import UserCode, Workload
 
 SINGLE = "metric"  # the name of the one number of an `evaluate` that returns no names
 
@@ -45,4 +45,5 @@ def _number(name: str, value: Any) -> float:  # Any: the user's
             f"evaluate(model) must return numbers, but {name!r} is {shown_value(value)}; return "
             "one float for each"
         )
-    return float(value)
+    with UserCode("evaluate(model)", "numbers that a float can hold"):
+        return float(value)

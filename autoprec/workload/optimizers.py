@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
@@ -178,6 +179,22 @@ def checked_optimizer(built: object, model: nn.Module, call: str, wanted: str) -
         if callable(train := getattr(each, "train", None)):
             train()  # schedule-free ones refuse to step before that
     return in_turn(several)
+
+
+def checked_schedule(scheduler: LRScheduler, optimizer: Optimizer, call: str) -> LRScheduler:
+    """Return what the user's `call` built for an optimizer (or WorkloadError)."""
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise WorkloadError(
+            f"{call} must return a schedule by steps, but ReduceLROnPlateau follows a loss; "
+            "leave it out: within the few steps that are trained it does nothing"
+        )
+    groups = [group for each in optimizers_in(optimizer) for group in each.param_groups]
+    if not any(own is group for own in scheduler.optimizer.param_groups for group in groups):
+        raise WorkloadError(
+            f"{call} must return a schedule of the optimizer that it is given, but its "
+            f"{type(scheduler).__name__} is of another one; pass `optimizer` on"
+        )
+    return scheduler
 
 
 def optimizer_refusal(optimizer: object) -> str:

@@ -125,21 +125,23 @@ class Training:
         rates = [_rate(group) for group in groups]
         for group, own in zip(groups, rates, strict=True):
             _set_rate(group, own * rate)
-        try:
-            self.optimizer.step()
-        except TypeError as error:
-            raise WorkloadError(
-                "build_optimizer(model) must return an optimizer whose step() takes no closure, "
-                f"but {type(self.optimizer).__name__} refused ({error}); use a first-order one"
-            ) from error
-        except RuntimeError as error:
-            if "harding" not in str(error):  # DTensor's: it has no such propagation, or no strategy
-                raise
-            raise WorkloadError(
-                "build_optimizer(model) must return an optimizer that can step sharded parameters, "
-                f"but torch's DTensor refused what {type(self.optimizer).__name__} does "
-                f"({error_line(error)}); use AdamW, or DDP in place of fully_shard"
-            ) from error
+        kind = type(self.optimizer).__name__
+        with UserCode(f"{kind}.step()", "a step of gradients as loss_fn leaves them"):
+            try:
+                self.optimizer.step()
+            except TypeError as error:
+                raise WorkloadError(
+                    "build_optimizer(model) must return an optimizer whose step() takes no "
+                    f"closure, but {kind} refused ({error}); use a first-order one"
+                ) from error
+            except RuntimeError as error:
+                if "harding" not in str(error):  # DTensor's: no such propagation, or no strategy
+                    raise
+                raise WorkloadError(
+                    "build_optimizer(model) must return an optimizer that can step sharded "
+                    f"parameters, but torch's DTensor refused what {kind} does "
+                    f"({error_line(error)}); use AdamW, or DDP in place of fully_shard"
+                ) from error
         for group, own in zip(groups, rates, strict=True):
             _set_rate(group, own)  # many schedules go on from the rate that they find
 

@@ -22,6 +22,8 @@ from torch._dynamo import OptimizedModule
 from torch.utils import checkpoint
 from torch.utils._pytree import tree_map_only
 
+from autoprec.errors import WorkloadError
+
 MOVING = "_autoprec_moving"  # the root module's attribute that names what moves
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 T = TypeVar("T")
@@ -57,6 +59,31 @@ class Written:
         if self.script_autocast is None:
             return nullcontext()
         return torch.autocast(next(model.parameters()).device.type, dtype=self.script_autocast)
+
+
+def check_built(model: nn.Module) -> None:
+    """Refuse what build_model() may not return, or leave behind."""
+    if next(model.parameters(), None) is None:
+        raise WorkloadError(
+            f"build_model() must return a model with parameters, but {type(model).__name__} has "
+            "none; there is nothing to train"
+        )
+    lazy = next((n for n, p in model.named_parameters() if nn.parameter.is_lazy(p)), "")
+    if lazy:
+        raise WorkloadError(
+            f"build_model() must return parameters that have a shape, but {lazy} is lazy; run "
+            "a batch through the model before it is returned"
+        )
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise WorkloadError(
+            "build_model() must return modules that a plan can change, but torch.jit has scripted "
+            "some; return them as they were before"
+        )
+    if (dtype := torch.get_default_dtype()) is not torch.float32:
+        raise WorkloadError(
+            "the workload must leave torch's default dtype at float32, from which all is measured, "
+            f"but it is {dtype}; return e.g. model.bfloat16() and leave set_default_dtype out"
+        )
 
 
 def note_moving(model: nn.Module, names: Iterable[str]) -> None:
