@@ -167,6 +167,25 @@ def test_an_edited_package_repeats_what_is_made_by_its_module(
     assert before != digest_of(settings, "profile", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["weights.pt", "model.py", "small.py", "given.json"])
+def test_an_edited_file_repeats_a_stage_wherever_the_users_code_went(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    settings = Settings(
+        workload="model.py", checkpoint=Path("weights.pt"), sensitivity=Path("given.json")
+    )
+    settings = settings if name != "small.py" else Settings(workload="model.py", proxy="small.py")
+    folder = Folder(tmp_path)
+    monkeypatch.chdir("elsewhere")
+    digests = set()
+    for text in ("x = 1", "x = 2"):
+        (tmp_path / name).write_text(text)
+        digests.add(folder.digest("sensitivity", settings, None))
+    assert len(digests) == 2
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_changed_setting_repeats_the_stages_that_it_decides(name: str, tmp_path: Path) -> None:
     changed = replace(BASE, **{name: OTHERS[name]})

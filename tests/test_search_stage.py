@@ -24,7 +24,7 @@ from autoprec.search import grad_error_budget, search_plan
 from autoprec.search.costs import Costs, make_costs
 from autoprec.search.explore import find_interacting
 from autoprec.search.stage import _apart
-from autoprec.search.storage import open_study
+from autoprec.search.storage import check_storage, open_study, storage_in
 from autoprec.sensitivity.gap import CEILING, HORIZON_STEPS, grad_error_budget_for
 from autoprec.verification import Terms
 from tests.search_tables import ROWWISE, TENSORWISE, TYPICAL, Row, opened, tables_of
@@ -399,6 +399,15 @@ def test_a_storage_that_cannot_be_opened_is_one_clear_line(storage: str, match: 
         pass
     assert "\n" not in str(caught.value)
     assert "--storage must be a database URL" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a{b}", "a%20b", "a?b#c", "a b"])
+def test_a_folder_of_any_name_has_its_own_study(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    with open_study(storage_in(tmp_path / name), "one", tables=""):
+        pass
+    check_storage(storage_in(tmp_path / name))
+    assert [path.name for path in (tmp_path / name).iterdir()] == ["study.db"]
 
 
 def test_a_storage_file_that_is_no_database_is_one_clear_line(tmp_path: Path) -> None:

@@ -85,7 +85,12 @@ def test_a_gpu_by_number_is_a_device_and_no_profile() -> None:
         ("--checkpoint", "nowhere.pt", "nowhere.pt"),
         ("--sensitivity", "nowhere.json", "nowhere.json"),
         ("--storage", "nonsense", "--storage"),
-        ("--storage", "sqlite:////no/such/folder/study.db", "--storage"),
+        ("--storage", "sqlite:////no/such/folder/study.db", "its folder is not there"),
+        ("--storage", "sqlite://", "it names no file"),
+        ("--storage", f"sqlite:///{TINY}", "file is not a database"),
+        ("--storage", "sqlite:///{name}.db", "--storage"),
+        ("--storage", "postgresql://host:port/db", "--storage"),
+        ("--out", "x" * 300, "--out"),
         ("--memory", "much", "--memory"),
         ("--keep", "0=fp9", "--keep"),
         ("--keep", "bf16_o2", "--keep"),
@@ -99,7 +104,7 @@ def test_a_wrong_argument_ends_a_tune_before_it_profiles(
 ) -> None:
     out = tmp_path / "out"
     with pytest.raises(SystemExit) as leaving:
-        main(["tune", TINY, option, value, "--out", str(out)])
+        main(["tune", TINY, "--out", str(out), option, value])
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.endswith("...")]
     assert leaving.value.code == 2
     assert len(lines) == 1

@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import hashlib
 import os
 import shutil
 import stat
@@ -94,6 +95,14 @@ def read_text(path: Path, *, what: str) -> str:
         raise RecordError(
             f"a {what} file must be readable, but {name} is not ({reason}); check the path"
         ) from error
+
+
+def file_digest(path: Path) -> str:
+    """Return a hash of a file's bytes, or "" where it is not there."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def text_digest(file: Path, *, root: Path | None = None) -> str:

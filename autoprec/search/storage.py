@@ -10,7 +10,7 @@ import sqlite3
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,8 +91,16 @@ def open_study(
         optuna.logging.set_verbosity(verbosity)
 
 
+def storage_in(folder: Path) -> str:
+    """Return the database URL of a run folder's own study."""
+    from sqlalchemy import URL
+
+    url = URL.create("sqlite", database=str(folder / "study.db")).render_as_string()
+    return url.replace("{", "{{").replace("}", "}}")  # Optuna takes a template
+
+
 def check_storage(storage: str) -> None:
-    """Check a database URL: its form, its driver, a file's folder, and that a server answers.
+    """Check a database URL: its form, its driver, that a server answers, a file can be written.
 
     Raises:
         RecordError: nothing can be opened there.
@@ -101,17 +109,28 @@ def check_storage(storage: str) -> None:
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        url = create_engine(storage).url
+        url = create_engine(storage.format(SCHEMA_VERSION="")).url
         if url.get_backend_name() == "postgresql":
             engine = create_engine(storage, connect_args={"connect_timeout": CONNECT_S})
             with engine.connect():
                 pass
             engine.dispose()
-    except (SQLAlchemyError, ImportError) as error:
+        if url.get_backend_name() == "sqlite":
+            _check_file(url.database or ":memory:")
+    except (SQLAlchemyError, sqlite3.Error, ImportError, LookupError, ValueError) as error:
         raise RecordError(_storage_problem(storage, error)) from error
-    is_file = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")
-    if is_file and not Path(str(url.database)).parent.is_dir():
-        raise RecordError(_storage_problem(storage, FileNotFoundError("its folder is not there")))
+
+
+def _check_file(name: str) -> None:
+    path = Path(name)
+    if name == ":memory:":
+        raise ValueError("it names no file")
+    if not path.parent.is_dir():
+        raise ValueError("its folder is not there")
+    if path.exists():
+        with closing(sqlite3.connect(path, timeout=LOCKED_S)) as database:
+            database.execute("BEGIN IMMEDIATE")  # is it a database, and may it be written
+            database.rollback()
 
 
 def _open_database(storage: str, team: Team | None) -> "optuna.storages.RDBStorage":

@@ -12,7 +12,7 @@ from typing import TypeVar
 from filelock import FileLock, Timeout
 
 from autoprec import __version__
-from autoprec.common.files import text_digest
+from autoprec.common.files import file_digest, text_digest
 from autoprec.common.text import short_digest
 from autoprec.common.versions import software_versions
 from autoprec.errors import RecordError
@@ -42,16 +42,18 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._is_new = not path.exists()
+        self._cwd = Path.cwd()  # that the settings' paths are from: the user's code may change it
         try:
+            self._is_new = not path.exists()
+            str(path).encode()  # as what is printed and a database's URL are
             path.mkdir(parents=True, exist_ok=True)
             probe = path / ".autoprec-probe"
             probe.touch()
             probe.unlink()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: no file can have that name
             raise RecordError(
                 f"--out must be a folder that can be written, but {path} is not "
-                f"({error.strerror}); choose another"
+                f"({getattr(error, 'strerror', error)}); choose another"
             ) from error
 
     @contextmanager
@@ -117,8 +119,10 @@ class Folder:
             files.append(_file_of(settings.proxy))
         if stage == "sensitivity" and settings.sensitivity is not None:
             files.append(settings.sensitivity)
-        root = Path.cwd() if settings.script == "-m" else None
-        contents = [text_digest(file, root=root) for file in files]
+        root = self._cwd if settings.script == "-m" else None
+        contents = [text_digest(self._cwd / file, root=root) for file in files]
+        if "checkpoint" in chosen and settings.checkpoint is not None:
+            contents.append(file_digest(self._cwd / settings.checkpoint))
         device = profile_digest(target) if target and stage == "profile" else device
         versions = software_versions() if device and not target else __version__
         done = self.state.stages

@@ -10,10 +10,10 @@ once.
 """
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -67,7 +67,7 @@ class Run:
         progress: Progress = report_nothing,
     ) -> None:
         check_launch(settings)
-        self.settings = replace(settings, out=settings.out.absolute())  # a script may change cwd
+        self.settings = settings = settings.absolute()
         self.stages = stages
         self.progress = progress if is_first() else report_nothing
         # What the settings name is looked at before any work: it may be read much later.
@@ -78,10 +78,10 @@ class Run:
             from autoprec.runtime.checkpoint import read_checkpoint
 
             read_checkpoint(settings.checkpoint)
-        if settings.storage and "search" in stages:
-            from autoprec.search.storage import check_storage
+        if "search" in stages and (settings.storage or os.path.exists(settings.out / "study.db")):
+            from autoprec.search.storage import check_storage, storage_in
 
-            check_storage(settings.storage)
+            check_storage(settings.storage or storage_in(settings.out))
         self.proves = settings.verify and "verification" in stages  # trains plans, in the end
         self.is_live = workload is not None
         if self.is_live and settings.has_workers:

@@ -46,6 +46,7 @@ def search_tables(run: "Run") -> tuple[Profile, Sensitivity]:
 def make_search(run: "Run") -> Search:
     """Return the plans that were looked at, and the chosen one; of a worker, those so far."""
     from autoprec.search import between_notes, search_plan
+    from autoprec.search.storage import storage_in
 
     (profile, sensitivity), settings = run.tables, run.settings
     has_workload = run.is_live or settings.workload or settings.script
@@ -69,7 +70,7 @@ def make_search(run: "Run") -> Search:
             trials=settings.trials,
             time_budget_s=settings.time_budget,
             seed=settings.seed,
-            storage=settings.storage or f"sqlite:///{settings.out / 'study.db'}",
+            storage=settings.storage or storage_in(settings.out),
             study_name=settings.study,
             team=_team(run) if can_measure else None,
             progress=run.progress,

@@ -8,7 +8,7 @@ that reads it.
 import re
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -280,6 +280,12 @@ class Settings:
             )
         types: dict[str, Any] = {each.name: each.type for each in fields(cls)}
         return cls(**{n: _read(n, known[n], types[n], value) for n, value in given.items()})
+
+    def absolute(self) -> Self:
+        """Return them with paths that hold wherever the user's code changes to."""
+        names = ("out", "sensitivity", "checkpoint")
+        paths = {name: path for name in names if (path := getattr(self, name)) is not None}
+        return replace(self, **{name: path.absolute() for name, path in paths.items()})
 
     @property
     def script_line(self) -> str:

@@ -9,7 +9,6 @@ with (session.py), so that a plan that equals the control, and the next plan aft
 train nothing twice.
 """
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from autoprec.common.files import file_digest
 from autoprec.common.text import short_digest
 from autoprec.common.versions import software_versions
 from autoprec.device.random_state import random_state_kept, seeded
@@ -213,10 +213,7 @@ def keep_warm_up(
 
 def _setup_of(context: Context, terms: Terms, checkpoint: Path | None, *, steps: int) -> str:
     """Return a digest of everything that branches share: another digest, other branches."""
-    digest = ""
-    if checkpoint is not None:
-        with checkpoint.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    digest = file_digest(checkpoint) if checkpoint is not None else ""
     workload = [context.workload.name, context.workload.digest]
     settings = [steps, terms.branch_steps, context.seed]
     if world_size() > 1:
