@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -208,6 +209,24 @@ def test_a_broken_workload_gets_one_clear_line(case: str, run: Run, tmp_path: Pa
     assert (status, out) == (2, "")
     assert _is_one_line(err, word)
     assert not list((tmp_path / "out").glob("*.json"))
+
+
+def test_code_that_changes_the_directory_leaves_the_run_folder(
+    run: Run, tuned_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tuned_copy.parent)
+    elsewhere = tuned_copy.parent / "elsewhere"
+    elsewhere.mkdir()
+    arguments = ("tune", "model.py", "--out", tuned_copy.name, "--json")
+
+    def make(made: object) -> object:
+        os.chdir(elsewhere)  # as the user's code may
+        return made
+
+    monkeypatch.setattr("autoprec.tuning.run.Run.make", make)
+    monkeypatch.setattr("autoprec.tuning.run.Run.exit_code", 0)
+    status, out, _ = run(*arguments)
+    assert (status, json.loads(out)["out"]) == (0, str(tuned_copy))
 
 
 def test_a_wrong_target_or_folder_gets_one_clear_line(run: Run, tmp_path: Path) -> None:

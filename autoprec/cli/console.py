@@ -4,11 +4,10 @@ A thread looks once a second at what the process is at, so that a layer that tak
 `train_batches` that waits for a network, is not silent.
 """
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import (
@@ -20,6 +19,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 
+from autoprec.cli.ending import stdout_for_results
 from autoprec.common.progress import NOW, Progress
 
 EVERY_S = 5.0  # between two lines of one stage; the user's code is waited for so long in silence
@@ -31,7 +31,7 @@ Clock = Callable[[], float]
 def drawn_progress() -> Iterator[Progress]:
     """Draw the bar of what is at work on stderr, with the time left; in a pipe, lines.
 
-    What the user's code prints goes there, too: stdout is for results.
+    What is printed meanwhile goes there, too: stdout is for results.
     """
     console = Console(stderr=True)
 
@@ -40,12 +40,13 @@ def drawn_progress() -> Iterator[Progress]:
 
     if not console.is_terminal:
         lines = Lines(write)
-        with _beating(lines.beat), redirect_stdout(sys.stderr):
+        with _beating(lines.beat), stdout_for_results():
             yield lines
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[now]}"))
-    with Bars(*columns, *times, console=console, transient=True) as bars:
+    bars = Bars(*columns, *times, console=console, transient=True)
+    with stdout_for_results(), bars:
         drawn = Drawn(bars, write, time.monotonic)
         with _beating(drawn.beat):
             try:

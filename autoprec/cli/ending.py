@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 
 from pydantic import ValidationError
 from typer.exceptions import TyperException
@@ -73,6 +73,18 @@ def drop_output() -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
+
+
+@contextmanager
+def stdout_for_results() -> Iterator[None]:
+    """Send to stderr what is printed meanwhile, by libraries and other processes as well."""
+    with ExitStack() as stack, redirect_stdout(sys.stderr):
+        if sys.__stdout__ and sys.__stderr__:  # None where it was closed: its number is another's
+            kept = os.dup(1)
+            stack.callback(os.close, kept)
+            stack.callback(os.dup2, kept, 1)
+            os.dup2(2, 1)
+        yield
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import json
 import logging
 import sys
 import time
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
@@ -18,7 +17,12 @@ import typer
 from typer.exceptions import TyperException
 
 from autoprec.cli.devices import devices_app
-from autoprec.cli.ending import drop_output, terminated_as_interrupted, told_of
+from autoprec.cli.ending import (
+    drop_output,
+    stdout_for_results,
+    terminated_as_interrupted,
+    told_of,
+)
 from autoprec.cli.options import with_settings
 from autoprec.common.files import write_atomically
 from autoprec.common.noise import import_noise_dropped
@@ -116,7 +120,7 @@ def tune(
         print_parts(dry_run(settings), Console())
         return
     made = _run(settings, lambda run: run.make())
-    _print_run(settings.out, as_json=as_json, verbose=verbose)
+    _print_run(made.settings.out, as_json=as_json, verbose=verbose)
     leave(made.exit_code)
 
 
@@ -298,7 +302,7 @@ def plan_check(
     """Check a plan's file; with --model also that it fits, and that what runs is what it says."""
     from autoprec.tuning.plan_check import check_plan
 
-    with redirect_stdout(sys.stderr):  # what the model's code prints is no result
+    with stdout_for_results():
         checked = check_plan(plan, model=model, target=target)
     _finish(checked, as_json=as_json, good=checked.is_good)
 
