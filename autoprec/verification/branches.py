@@ -17,7 +17,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cache, partial
 from itertools import islice
 
@@ -65,13 +65,6 @@ def train_seed(session: Session, variants: Sequence[Variant], seed: int) -> tupl
     return (reference, *(_branch(session, each, seed, reference.curve) for each in variants))
 
 
-def train_one(session: Session, variant: Variant, seed: int) -> Branch:
-    """Return one branch of a seed, trained where it is new; its reference's curve with it."""
-    reference = _branch(session, REFERENCE, seed, ())
-    _check_reference(session, reference)
-    return reference if variant.is_reference else _branch(session, variant, seed, reference.curve)
-
-
 def warm_up(
     context: Context, evaluation: Sequence[Batch], *, steps: int, start: Checkpoint | None
 ) -> Checkpoint:
@@ -117,38 +110,19 @@ def train_branch(
     metrics: dict[str, float] = {}
     with seeded(context.seed):
         training = restore(context, session.checkpoint)
-        done = _train_with(session, training, variant, seed=seed, reference=reference)
+        branch = _train_with(session, training, variant, seed=seed, reference=reference)
         # the plan is taken out again: what is evaluated are the FP32 master weights
-        diverged_at = done.diverged_at
+        diverged_at = branch.diverged_at
         if diverged_at is None:
             losses = evaluate(context, training.model, session.evaluation)
             with _evaluating(training.model):
-                metrics = measure_metrics(context, training.model, seed=context.seed)
+                metrics = measure_metrics(context, training.model)
     if not all(map(math.isfinite, (*losses, *metrics.values()))):
         if variant.is_reference:
             check_finite(metrics, where=f"after the branch of seed {seed}")
         diverged_at, losses, metrics = steps, (), {}
-    return Branch(
-        label=variant.label,
-        seed=seed,
-        eval_loss=mean_of(losses),
-        diverged_at=diverged_at,
-        curve=tuple(done.curve),
-        eval_losses=losses,
-        not_finite=done.not_finite,
-        metrics=metrics,
-        own_loss=done.own_loss,
-    )
-
-
-@dataclass
-class _Trained:
-    """What a branch's training showed, as far as it came."""
-
-    curve: list[float] = field(default_factory=list)
-    diverged_at: int | None = None
-    not_finite: tuple[str, ...] = ()
-    own_loss: float | None = None
+    found = {"eval_loss": mean_of(losses), "eval_losses": losses, "metrics": metrics}
+    return branch.model_copy(update={**found, "diverged_at": diverged_at})
 
 
 def _loss_limit(reference: Sequence[float], held_out: Sequence[float]) -> float:
@@ -164,10 +138,12 @@ def _loss_limit(reference: Sequence[float], held_out: Sequence[float]) -> float:
 
 def _train_with(
     session: Session, training: Training, variant: Variant, *, seed: int, reference: Sequence[float]
-) -> _Trained:
-    """Train in the variant's precisions, which are installed for it alone."""
+) -> Branch:
+    """Train in the variant's precisions, which are installed for it alone; nothing is evaluated."""
     context, model, optimizer = session.context, training.model, training.optimizer
-    done = _Trained()
+    curve, not_finite = list[float](), tuple[str, ...]()
+    diverged_at: int | None = None
+    own_loss: float | None = None
     with fast_gemms(), ExitStack() as plan:
         if variant.is_reference:  # the plan's FP32 layers run as the process has TF32
             plan.enter_context(tf32_off())
@@ -185,15 +161,23 @@ def _train_with(
         first = None if variant.is_reference else StepWatch(model)
         for step, loss in enumerate(_train(session, training, variant.label, seed=seed)):
             if first is not None and step == 0:
-                done.not_finite = first.end(model, over_ranks=True)
-            if done.not_finite or not math.isfinite(loss) or loss > limit:
-                done.diverged_at = step
-                return done
-            done.curve.append(loss)
-        if not variant.is_reference:
+                not_finite = first.end(model, over_ranks=True)
+            if not_finite or not math.isfinite(loss) or loss > limit:
+                diverged_at = step
+                break
+            curve.append(loss)
+        if diverged_at is None and not variant.is_reference:
             own_loss = mean_of(evaluate(context, model, session.evaluation))
-            done.own_loss = own_loss if own_loss and math.isfinite(own_loss) else None
-    return done
+            own_loss = own_loss if own_loss and math.isfinite(own_loss) else None
+    return Branch(
+        label=variant.label,
+        seed=seed,
+        eval_loss=None,
+        diverged_at=diverged_at,
+        curve=tuple(curve),
+        not_finite=not_finite,
+        own_loss=own_loss,
+    )
 
 
 def evaluate(context: Context, model: nn.Module, evaluation: Sequence[Batch]) -> tuple[float, ...]:

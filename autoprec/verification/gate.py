@@ -125,25 +125,14 @@ def _prove(
         nonlocal longest
         rung = reopen(own, earlier=longest)
         longest = max(longest, rung.checkpoint, key=lambda each: len(each.curve))
-        return _gaps_over(rung, evidence.plan)
+        found = gather_evidence(rung, evidence.plan, with_control=False)
+        return None if found.diverged("plan") else found.gaps("plan")
 
     # the same plan over other lengths, as far as was asked for; the reference has no gap at any;
     # a checkpoint with optimizer state has no warm-up
     own_terms = replace(session.terms, warmup_steps=len(session.checkpoint.curve))
     rungs = climb(own_terms, gaps_of, spent_s=spent_s)
     return with_horizons(found, evidence, tuple(rungs))
-
-
-def _gaps_over(session: Session, plan: Plan) -> list[float] | None:
-    """Return the plan's gaps over the session's seeds; None where it diverged."""
-    variants = [session.variants(plan)[-1]]
-    evidence = Evidence(plan, session.terms, session.loss_tolerance)
-    seeds = [session.context.seed + 1 + index for index in range(session.terms.seeds_max)]
-    train_branches(session, variants, seeds)
-    for seed in seeds:
-        branches = (*evidence.branches, *train_seed(session, variants, seed))
-        evidence = replace(evidence, branches=branches)
-    return None if evidence.diverged("plan") else evidence.gaps("plan")
 
 
 def open_session(
@@ -266,25 +255,24 @@ def _try_plans(session: Session, plans: Sequence[Plan]) -> tuple[Evidence, list[
     return gather_evidence(session, plans[-1]), refuted, skipped
 
 
-def gather_evidence(session: Session, plan: Plan) -> Evidence:
+def gather_evidence(session: Session, plan: Plan, *, with_control: bool = True) -> Evidence:
     """Train seed after seed until the plan is decided, or the seeds end or cannot decide it."""
     _, control, chosen = session.variants(plan)
-    terms, predicted, variants = session.terms, plan.predicted, [control, chosen]
+    terms, predicted = session.terms, plan.predicted
+    variants = [control, chosen] if with_control else [chosen]
     if chosen.is_reference and predicted and predicted.bf16_o2_ms >= predicted.fp32_ms:
         variants = [chosen]  # nobody asks what BF16 would do to the loss: it is no faster
         terms = replace(terms, seeds_min=FEWEST_SEEDS)  # the reference's branch is the plan's
     evidence = Evidence(plan, terms, session.loss_tolerance, tolerances=session.metrics)
-    seeds = [session.context.seed + 1 + index for index in range(terms.seeds_max)]
-    for index, seed in enumerate(seeds):
-        # workers train the seeds up to the first look at once, and then all others
-        if index == 0:
-            train_branches(session, variants, seeds[: terms.seeds_min])
-        elif index == terms.seeds_min:
-            train_branches(session, variants, seeds[terms.seeds_min :])
-        branches = (*evidence.branches, *train_seed(session, variants, seed))
-        evidence = replace(evidence, branches=branches)
-        if evidence.verdict is not Verdict.INCONCLUSIVE or evidence.unresolved:
-            break
+    seeds = range(session.context.seed + 1, session.context.seed + 1 + terms.seeds_max)
+    # workers train the seeds up to the first look at once, and then all others
+    for at_once in (seeds[: terms.seeds_min], seeds[terms.seeds_min :]):
+        train_branches(session, variants, at_once)
+        for seed in at_once:
+            branches = (*evidence.branches, *train_seed(session, variants, seed))
+            evidence = replace(evidence, branches=branches)
+            if evidence.verdict is not Verdict.INCONCLUSIVE or evidence.unresolved:
+                return evidence
     return evidence
 
 

@@ -31,12 +31,12 @@ class Tested:
     name: str = ""
 
 
-def measure_metrics(context: Context, model: nn.Module, *, seed: int) -> dict[str, float]:
+def measure_metrics(context: Context, model: nn.Module) -> dict[str, float]:
     """Return the user's metrics of a model in eval mode; of several ranks, their means.
 
     Every generator that the user's code may draw from is seeded alike for every branch.
     """
-    with seeded(seed):
+    with seeded(context.seed):
         found = metrics_of(context.workload, model)
     means = [total / world_size() for total in sum_over_ranks(list(found.values()))]
     return dict(zip(found, means, strict=True))
@@ -54,7 +54,7 @@ def check_metrics(context: Context, tolerances: Sequence[MetricTolerance]) -> No
     if context.workload.defines("evaluate"):
         with seeded(context.seed), torch.no_grad():
             model = restore(context, None).model.eval()
-            found = measure_metrics(context, model, seed=context.seed)
+            found = measure_metrics(context, model)
     check_names(context.workload, found, tolerances)
     check_finite(found, where="before training")
 

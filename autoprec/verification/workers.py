@@ -40,7 +40,7 @@ from autoprec.errors import AutoprecError, DeviceError, WorkerError
 from autoprec.model.context import Context
 from autoprec.model.memory import step_bytes
 from autoprec.records import ModelSpec
-from autoprec.verification.branches import train_one
+from autoprec.verification.branches import train_seed
 from autoprec.verification.sequential import Terms
 from autoprec.verification.session import REFERENCE, BranchStore, Session, Variant, Workers
 from autoprec.workload.functions import move_batch
@@ -76,7 +76,7 @@ class Job:
         if self.threads:
             torch.set_num_threads(self.threads)
         try:
-            train_one(self._session(), self.variant, self.seed)
+            train_seed(self._session(), [self.variant], self.seed)
         except AutoprecError as error:
             return error
         return None
@@ -108,6 +108,7 @@ class Job:
             store=store,
             control=None,
             checkpoint_path="",
+            floor=0.0,  # the run measures it
         )
 
     def __submitit_checkpoint__(self) -> Any:  # Any: submitit's, which need not be there
