@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -319,6 +320,21 @@ def test_a_checkpoint_holds_the_guard_and_what_the_user_adds(tmp_path: Path) -> 
     assert same(exact(other), exact(model))
     assert other_guard.state_dict() == guard.state_dict()
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "value", [np.float64(0.5), np.arange(3), argparse.Namespace(lr=0.1), Path("data"), lambda: 1]
+)
+def test_what_could_not_be_loaded_again_is_not_saved(value: object, tmp_path: Path) -> None:
+    model, optimizer = _applied(seed=0)
+    path = tmp_path / "run.pt"
+    autoprec.save_checkpoint(path, model, optimizer, step=1)
+    with pytest.raises(RecordError, match=r"tensors and plain data, .* but \['extra'\]\['a'\] is"):
+        autoprec.save_checkpoint(path, model, optimizer, step=2, extra={"a": value})
+    other = torch.optim.SGD(torch.nn.Linear(2, 2).parameters())
+    with pytest.raises(RecordError, match="SGD trains no parameter of this model"):
+        autoprec.save_checkpoint(path, model, other, step=2)
+    assert autoprec.load_checkpoint(path, model, optimizer)["step"] == 1
 
 
 def test_a_checkpoint_of_something_else_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ or the one before. Files are loaded with `weights_only=True`: nothing in them ca
 """
 
 import glob
+import io
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,11 +20,12 @@ from torch.optim import Optimizer
 from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path, tree_map_only
 
 from autoprec.common.files import PARTIAL, replace_file
-from autoprec.common.text import error_line, first_and_more
+from autoprec.common.text import error_line, first_and_more, shown_value
 from autoprec.device.ranks import rank
 from autoprec.errors import RecordError
 from autoprec.model.layers import unwrapped
 from autoprec.runtime.finite import not_finite
+from autoprec.workload.optimizers import trains
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.stateful import Stateful
@@ -83,7 +86,8 @@ def save_checkpoint(
         must_be_finite: refuse parameters, masters and moments with a NaN or an infinity.
 
     Raises:
-        RecordError: the file cannot be written, the model is sharded, or a value is not finite.
+        RecordError: the file cannot be written, the model is sharded, the optimizer is another
+            model's, or a value is not finite or could not be loaded again.
 
     Example: see `load_checkpoint`.
     """
@@ -100,6 +104,12 @@ def save_checkpoint(
             "one file holds whole tensors, but this model is sharded over ranks; save it with "
             "torch.distributed.checkpoint (get_state_dict gives it model and optimizer)"
         )
+    if not trains(optimizer, model):
+        raise RecordError(
+            "a checkpoint must be of a model and the optimizer that trains it, but "
+            f"{type(optimizer).__name__} trains no parameter of this model; give its own"
+        )
+    _refuse_unreadable(content)
     if must_be_finite:
         _refuse_poisoned(path, unwrapped(model, parallel=True), content["optimizer"])
     if rank() != 0:
@@ -117,6 +127,22 @@ def save_content(path: Path, content: Mapping[str, Any]) -> Path:  # Any: a tree
     """
     size = sum(leaf.nbytes for leaf in tree_leaves(content) if isinstance(leaf, Tensor))
     return replace_file(path, lambda file: torch.save(content, file), size=size)
+
+
+def _refuse_unreadable(content: Mapping[str, Any]) -> None:  # Any: a tree with tensors
+    """Raise RecordError if a value is none that loading takes, which runs nothing."""
+    for keys, leaf in tree_leaves_with_path(content):
+        if isinstance(leaf, Tensor) or type(leaf) in (str, int, float, bool, NoneType):
+            continue
+        try:
+            torch.save(leaf, file := io.BytesIO())
+            torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+        except (*BROKEN_FILE, pickle.PicklingError) as error:
+            raise RecordError(
+                "a checkpoint must hold tensors and plain data, which can be read without running "
+                f"code, but {keystr(keys)} is {shown_value(leaf)} ({type(leaf).__name__}); "
+                "save its numbers, as with float(x), x.tolist() or vars(x)"
+            ) from error
 
 
 def _refuse_poisoned(path: Path, model: nn.Module, state: Mapping[str, Any]) -> None:
