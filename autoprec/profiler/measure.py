@@ -14,8 +14,7 @@ BF16 by the layers, and by steps.
 
 import logging
 import time
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -83,7 +82,18 @@ def profile_model(
     # imports torchao, which is no part of the measurement
     facts = device_facts(context.device).model_copy(update={"compile_mode": mode})
     groups = group_layers(spec, options)
-    with _open_meter(context, spec, mode, gemms_hp, kept or KeptRows()) as meter:
+    kept = kept or KeptRows()
+    with open_compilation(context.device, mode) as compilation, kept.noting():
+        meter = LayerMeter(
+            context.device,
+            context.timer,
+            spec.optimizer_state_numel_ratio,
+            gemms_hp=gemms_hp,
+            monitor=find_monitor(context.device),
+            seed=context.seed,
+            compilation=compilation,
+            kept=kept,
+        )
         profile = _measure(context, meter, spec, groups, asked or {}, facts)
     return profile.model_copy(update={"compile_problem": problem})
 
@@ -155,24 +165,6 @@ def check_room(context: Context, spec: ModelSpec) -> None:
     if free is not None and size > free:
         log.warning("%s, and %s are free: it may not fit", text, shown_bytes(free))
     log.info("%s; steps are timed one model at a time", text)
-
-
-@contextmanager
-def _open_meter(
-    context: Context, spec: ModelSpec, mode: str, gemms_hp: bool, kept: KeptRows
-) -> Iterator[LayerMeter]:
-    """Give what times layers, compiled or not; `kept` is told what is in flight until the end."""
-    with open_compilation(context.device, mode) as compilation, kept.noting():
-        yield LayerMeter(
-            context.device,
-            context.timer,
-            spec.optimizer_state_numel_ratio,
-            gemms_hp=gemms_hp,
-            monitor=find_monitor(context.device),
-            seed=context.seed,
-            compilation=compilation,
-            kept=kept,
-        )
 
 
 def _time_layers(

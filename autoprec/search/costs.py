@@ -61,8 +61,6 @@ class Price:
 
     def scaled(self, factor: float) -> "Price":
         """Return the price with its times multiplied."""
-        if factor == 1.0:
-            return self
         times = ("ms", "low_ms", "high_ms", "compute_ms", "boundary_ms", "margin_ms")
         return replace(self, **{name: getattr(self, name) * factor for name in times})
 

@@ -277,10 +277,7 @@ class PlanStudy:
             with self.claims.claimed(trial, self._code(options)) as is_ours:
                 if is_ours:
                     self._evaluate(trial, options, source)
-        except BaseException:
-            self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
-            raise
-        if not is_ours:
+        finally:  # one that was not evaluated
             self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
         self.take_up()
 

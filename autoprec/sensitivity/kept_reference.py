@@ -56,7 +56,10 @@ def keep_reference(
         "model": training.model.state_dict(),
         "optimizer": training.optimizer.state_dict(),
         "moving": packed_state(training.model),
-        "extra": {"curve": curve, "step_s": step_s, "gradients": gradients, "norm": training.norm},
+        "curve": curve,
+        "step_s": step_s,
+        "gradients": gradients,
+        "norm": training.norm,
     }
     save_content(path, on_cpu(content))
 
@@ -75,12 +78,8 @@ def digest_of(model: nn.Module, batches: list[Any]) -> str:  # Any: the user's b
 def _read(path: Path) -> Kept:
     content = torch.load(path, map_location="cpu", weights_only=True)
     try:
-        extra = content["extra"]
-        curve = tuple((int(step), float(loss)) for step, loss in extra["curve"])
-        states = {name: content[name] for name in ("model", "optimizer", "moving")}
-        checkpoint = Checkpoint(**states)
-        last = (extra["gradients"], extra["norm"])
-        return Kept(checkpoint, curve, float(extra["step_s"]), *last)
+        states = {name: content.pop(name) for name in ("model", "optimizer", "moving")}
+        return Kept(Checkpoint(**states), **content)
     except (KeyError, TypeError) as error:
         raise RecordError(
             f"{path} must be a reference that a search has kept, but it is not; remove it"

@@ -54,20 +54,15 @@ class Rule:
 
     def weight(self, gradient: Tensor, *, part: slice = EVERY) -> Tensor:
         """Return P^(1/2) at a gradient, new, FP32, of its shape; `part`: of the flat elements."""
-        shape, device = gradient.shape, gradient.device
-        rate = math.sqrt(self.rate)
-        if self.moment is None:
-            found = torch.full(shape, rate, dtype=torch.float32, device=device)
-        else:
-            root = self.root(gradient, part=part)
-            moves = root > self.still
-            found = torch.where(moves, root.add_(self.eps).rsqrt_().mul_(rate), 0.0)
+        root, rate = self.root(gradient, part=part), math.sqrt(self.rate)
+        moves = root > self.still
+        found = torch.where(moves, root.add_(self.eps).rsqrt_().mul_(rate), 0.0)
         if self.gain is not None:
-            found *= self.gain(part).to(device, torch.float32).reshape(shape).sqrt()
+            found *= self.gain(part).to(found.device, torch.float32).reshape(found.shape).sqrt()
         return found
 
     def root(self, gradient: Tensor, *, part: slice = EVERY) -> Tensor:
-        """Return v'^power at a gradient."""
+        """Return v'^power at a gradient, new; ones without a v."""
         if self.moment is None:
             return torch.ones_like(gradient, dtype=torch.float32)
         before = self.moment(part).to(gradient.device, torch.float32).reshape(gradient.shape)

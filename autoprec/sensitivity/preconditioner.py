@@ -198,11 +198,9 @@ def _floored(rules: dict[Tensor, Rule]) -> dict[Tensor, Rule]:
     """Return the rules with FLOOR under their eps: a part of their family's mean sqrt(v)."""
     families = sorted({rule.family for rule in rules.values() if rule.moment is not None})
     sums = dict.fromkeys([(f, what) for f in families for what in ("root", "count")], 0.0)
-    part = _part_of(rules)
-    for parameter, rule in rules.items():
-        zero = _zero(parameter)
-        for rows, flat in _rows_of(zero, part) if rule.moment is not None else ():
-            root = rule.root(zero[rows], part=flat)
+    for parameter, rule, zero, flat in _at_zero(rules):
+        if rule.moment is not None:
+            root = rule.root(zero, part=flat)
             sums[rule.family, "root"] += share(parameter) * float(root.sum(dtype=torch.float64))
             sums[rule.family, "count"] += share(parameter) * float((root > 0).sum())
     totals = dict(zip(sums, sum_over_ranks(list(sums.values())), strict=True))
@@ -214,10 +212,14 @@ def _floored(rules: dict[Tensor, Rule]) -> dict[Tensor, Rule]:
     return rules
 
 
-def _zero(parameter: Tensor) -> Tensor:
-    """Return a gradient of zeros for this rank's part of a parameter, in no memory of its size."""
-    part = at_least_1d(real_view(local_part(parameter.detach())))
-    return part.new_zeros(()).expand(part.shape)
+def _at_zero(rules: dict[Tensor, Rule]) -> Iterator[tuple[Tensor, Rule, Tensor, slice]]:
+    """Yield a gradient of zeros for some rows of this rank's part of each parameter, and where."""
+    most = _part_of(rules)
+    for parameter, rule in rules.items():
+        part = at_least_1d(real_view(local_part(parameter.detach())))
+        zero = part.new_zeros(()).expand(part.shape)  # in no memory of its size
+        for rows, flat in _rows_of(zero, most):
+            yield parameter, rule, zero[rows], flat
 
 
 def at_least_1d(values: Tensor) -> Tensor:
@@ -241,12 +243,10 @@ def _rows_of(values: Tensor, most: int) -> Iterator[tuple[slice, slice]]:
 
 def _mean_weight(rules: dict[Tensor, Rule]) -> float:
     """Return the mean P of all elements that have a rule, as they are now; 0 without any."""
-    total, part = 0.0, _part_of(rules)
-    for parameter, rule in rules.items():
-        zero = _zero(parameter)
-        for rows, flat in _rows_of(zero, part):
-            weight = rule.weight(zero[rows], part=flat)
-            total += share(parameter) * float(weight.square_().sum(dtype=torch.float64))
+    total = 0.0
+    for parameter, rule, zero, flat in _at_zero(rules):
+        weight = rule.weight(zero, part=flat)
+        total += share(parameter) * float(weight.square_().sum(dtype=torch.float64))
     (total,) = sum_over_ranks([total])
     return total / max(sum(real_view(parameter.detach()).numel() for parameter in rules), 1)
 

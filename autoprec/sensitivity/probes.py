@@ -378,15 +378,17 @@ def _uncalled_products(
     pairs = list(zip(run.parameters(), layer.parameters(), strict=True))
     trained = [(own, p) for own, p in pairs if p.requires_grad and p.is_floating_point()]
     gradients: dict[Tensor, Tensor] = {}
-    changes: dict[Tensor, Tensor] = {}
+    rows = []  # z of each row of each parameter
     for own, p in trained:
         g = step.gradient.of.get(p)
         before = torch.zeros_like(local_part(p.detach())) if g is None else g.to(p.device)
         gradients[own] = whole_like(p, before.float())  # zeros where it is not updated
-        changes[own] = whole_like(p, gradient_of(p)) - gradients[own]
-    errors = [whole(round_bf16(p.detach()) - p.detach()) for p in gradients]
+        product = whole_like(p, gradient_of(p)) - gradients[own]
+        product = product * whole(round_bf16(own.detach()) - own.detach())
+        rows.append(product.flatten(1).sum(1) if product.dim() > 1 else product.reshape(-1))
     rounding = norm({p: round_bf16(g) - g for p, g in gradients.items()})
-    return _by_row(changes, errors), {(): rounding}
+    z = torch.cat(rows) if rows else torch.zeros(1)
+    return {BF16_OUTPUT: z, BF16_GRAD_INPUT: torch.zeros(1)}, {(): rounding}
 
 
 def _products(
@@ -419,16 +421,6 @@ def _gradients(call: Call) -> SomeTensors:
 def _inputs(call: Call) -> SomeTensors:
     """Return a call's floating inputs on the device, and nothing else."""
     return floating_inputs(back(replace(call, gradients=[])))
-
-
-def _by_row(changes: Mapping[Tensor, Tensor], errors: Sequence[Tensor]) -> dict[Component, Tensor]:
-    """Return z per row of each parameter, for a layer whose parameters are used without a call."""
-    rows = []
-    for change, error in zip(changes.values(), errors, strict=True):
-        product = change * error
-        rows.append(product.reshape(len(change), -1).sum(1) if change.dim() else product.reshape(1))
-    z = torch.cat(rows) if rows else torch.zeros(1)
-    return {BF16_OUTPUT: z, BF16_GRAD_INPUT: torch.zeros(1)}
 
 
 def _by_channel(

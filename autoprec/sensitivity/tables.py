@@ -129,8 +129,7 @@ def make_table(reference: Reference, cells: Sequence[Cell], method: Method | Non
             LayerSensitivity(name=n, option=o, grad_error=exact[n, o], staying=finite(own[n, o]))
             for n, o in cells
         ]
-        statistics = from_first_rank(statistics)
-        return Table(method, tuple(rows), tuple(statistics))
+        return Table(method, tuple(rows), tuple(from_first_rank(statistics)))
     return _sign_coded_table(reference, cells)
 
 
@@ -344,13 +343,10 @@ def _installed(reference: Reference, *cells: Cell) -> AbstractContextManager[obj
 def _refined(probed: LayerSensitivity, exact: Estimate, *, share: float) -> LayerSensitivity:
     """Return a row with its exact gradient error, of which the probes keep a share."""
     before = probed.grad_error.mean
-    if before <= 0.0:
+    if before <= 0.0 or (share == 1.0 and exact.stderr is not None):
         return probed.model_copy(update={"grad_error": exact})
     # how batches scatter is what the probes saw, where it was measured on one
-    row = multiplied(probed, (max(exact.mean, 0.0) / before) ** share)
-    if share == 1.0 and exact.stderr is not None:
-        row = row.model_copy(update={"grad_error": exact})
-    return row
+    return multiplied(probed, (max(exact.mean, 0.0) / before) ** share)
 
 
 def multiplied(row: LayerSensitivity, ratio: float) -> LayerSensitivity:
