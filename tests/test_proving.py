@@ -87,6 +87,26 @@ def test_kernel_names_of_a_gpu_are_recorded_and_others_than_fp8_said(
 
 
 @needs_fp8
+def test_without_cupti_one_layer_is_asked_and_one_line_says_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[object] = []
+
+    def none(fn: object) -> tuple[str, ...]:
+        asked.append(fn)
+        return ()
+
+    monkeypatch.setattr("autoprec.profiler.proving.cuda_kernels", none)
+    context = Context(mlp_workload(), CPU, clock=ConstantClock())
+    profile = profile_model(context, capture_model(context))
+    caplog.clear()
+    named = name_kernels(context, profile)
+    assert (named.layers, named.has_kernel_names) == (profile.layers, True)
+    assert len(asked) == len(caplog.records) == 1
+    assert "CUPTI does not work here" in caplog.text
+
+
+@needs_fp8
 def test_naming_kernels_times_nothing_and_keeps_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "autoprec.profiler.proving.cuda_kernels", lambda fn: (fn(), ("nvjet_qq",))[1]

@@ -15,5 +15,5 @@ proving     the CUDA kernels that really ran
 from autoprec.profiler.compiling import open_compilation
 from autoprec.profiler.kept import KeptRows, without_ended
 from autoprec.profiler.measure import profile_model
-from autoprec.profiler.proving import name_kernels
+from autoprec.profiler.proving import UNNAMED, name_kernels
 from autoprec.profiler.steps import Planned, time_steps, written_variants

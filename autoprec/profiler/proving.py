@@ -22,6 +22,7 @@ from autoprec.records import LayerTiming, Option, Profile
 
 log = logging.getLogger(__name__)
 LOST_KERNELS = 1000  # a process's k-th profile can lack its first k kernels (PyTorch issue 192021)
+UNNAMED = "CUDA kernels have no names in the profile"
 SLEEP_KERNEL = "spin_kernel"  # of torch.cuda._sleep: launched first, to be lost
 FP8_KERNEL = re.compile(  # cuBLASLt's older and newer names, CUTLASS, Triton, hipBLASLt
     r"(?<!u)e4m3|e5m2|float8|fp8|nvjet_(sm\d+_)?(q[a-z]|[a-z]q)[a-z]{3}_|_scaled_mm"
@@ -40,12 +41,13 @@ def name_kernels(
     groups = [own for own in group_layers(profile.model, options) if _timed_fp8(own, profile)]
     recorded = record_groups(context, groups)
     names: dict[tuple[str, Option], tuple[str, ...]] = {}
-    for group in groups:
-        calls, make_layer = recorded.first_of(group)
-        for row in _timed_fp8(group, profile):
-            names[group.first.name, row.option] = layer_kernels(
-                group.first.name, row.option, calls, make_layer
-            )
+    asked = ((group, row) for group in groups for row in _timed_fp8(group, profile))
+    for group, row in asked:
+        kernels = layer_kernels(group.first.name, row.option, *recorded.first_of(group))
+        if not kernels:
+            log.warning("%s: torch's profiler reports none, so CUPTI does not work here", UNNAMED)
+            break
+        names[group.first.name, row.option] = kernels
     rows = tuple(
         row.model_copy(
             update={"kernels": (*row.kernels, *names.get((row.names[0], row.option), ()))}
@@ -68,9 +70,8 @@ def layer_kernels(
     candidate = make_candidate(make_layer, calls, option)
     candidate.step()
     names = cuda_kernels(candidate.step)
-    if not any(map(is_fp8_kernel, names)):
-        seen = ", ".join(names) or "the profiler reports none, so CUPTI does not work here"
-        log.warning("no CUDA kernel of %s in %s names FP8: %s", name, option.key, seen)
+    if names and not any(map(is_fp8_kernel, names)):
+        log.warning("no CUDA kernel of %s in %s names FP8: %s", name, option.key, ", ".join(names))
     return names
 
 

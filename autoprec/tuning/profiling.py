@@ -116,12 +116,12 @@ def named_profile(run: "Run") -> Profile:
         return profile
     import torch
 
-    from autoprec.profiler import name_kernels
+    from autoprec.profiler import UNNAMED, name_kernels
 
     try:
         named = name_kernels(run.context, profile, options=run.settings.fp8_options)
     except torch.OutOfMemoryError:
-        log.warning("CUDA kernels have no names in the profile: the memory does not suffice")
+        log.warning("%s: the memory does not suffice", UNNAMED)
         return profile
     if is_first():
         named.save(run.settings.out / "profile.json")
