@@ -11,7 +11,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -150,7 +150,12 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
 
 
 def run_seen(
-    run: Callable[[], T], model: nn.Module, batch: Batch, layers: ModelLayers
+    run: Callable[[], T],
+    model: nn.Module,
+    batch: Batch,
+    layers: ModelLayers,
+    *,
+    weighs: bool = True,
 ) -> tuple[T, dict[str, list[Call]], Products, Saved | None]:
     """Run a step that has run before; return its result, and what was seen of it.
 
@@ -158,21 +163,16 @@ def run_seen(
     None where it takes no hooks, which `torch.func.grad` and its like refuse.
     """
     try:
-        weighed: AbstractContextManager[Saved | None] = saved_for_backward(model, batch)
-        return _seen(run, layers, weighed)
+        with (
+            saved_for_backward(model, batch) if weighs else nullcontext() as saved,
+            recorded_shapes(layers) as calls,
+            products_outside(layers.modules) as products,
+        ):
+            return run(), calls, products, saved
     except WorkloadError:  # the user's own would have come before
-        return _seen(run, layers, nullcontext())
-
-
-def _seen(
-    run: Callable[[], T], layers: ModelLayers, weighed: AbstractContextManager[Saved | None]
-) -> tuple[T, dict[str, list[Call]], Products, Saved | None]:
-    with (
-        weighed as saved,
-        recorded_shapes(layers) as calls,
-        products_outside(layers.modules) as products,
-    ):
-        return run(), calls, products, saved
+        if not weighs:
+            raise
+    return run_seen(run, model, batch, layers, weighs=False)
 
 
 def said_written(workload: Workload) -> AsWritten:

@@ -156,11 +156,6 @@ def put_back_state(model: nn.Module, kept: Mapping[str, Any]) -> None:
             buffer.copy_(value)
 
 
-def buffer_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
-    """Return the dtype of every buffer by name."""
-    return {name: buffer.dtype for name, buffer in model.named_buffers()}
-
-
 def put_back_dtypes(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
     """Give buffers the dtypes that they had, and noted attributes FP32; their values stay."""
     for name, buffer in list(model.named_buffers()):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from autoprec.common.grouping import grouped
 from autoprec.common.text import first_and_more
-from autoprec.records import Change, Comparison, DifferenceRow, LossGap
+from autoprec.records import Change, Comparison, DifferenceRow
 from autoprec.report import formats
 from autoprec.report.compare import ABSENT, STAYS
 from autoprec.report.formats import and_more, clean_text, count_of
@@ -163,16 +163,11 @@ def _whole_table(found: Comparison) -> Table:
     if found.verdicts:
         rows.append(("verdict", *_verdict_texts(found), ""))
     if all(found.gaps):
-        rows.append(("its loss gap to FP32", *(_gap_text(gap) for gap in found.gaps if gap), ""))
+        gaps = (formats.gap_ends(gap) for gap in found.gaps if gap)
+        rows.append(("its loss gap to FP32", *gaps, ""))
     if not rows:
         rows.append(("the plan as a whole", formats.UNKNOWN, formats.UNKNOWN, "not in both"))
     return Table(("", "A", "B", "B / A"), rows, numbers=(3,))
-
-
-def _gap_text(gap: LossGap) -> str:
-    """Return a gap with its interval, which reaches further up than down."""
-    mean, low, high = (formats.share(each, sign=True) for each in (gap.mean, gap.low, gap.high))
-    return f"{mean} ({low} to {high})"
 
 
 def _alike(facts: Sequence[DifferenceRow]) -> str:

@@ -71,6 +71,12 @@ def gap(gap: LossGap) -> str:
     return f"{mean} ({100 * gap.confidence:.0f} % interval {low} to {high}, {seeds})"
 
 
+def gap_ends(gap: LossGap) -> str:
+    """Return a gap with its interval, which reaches further up than down."""
+    mean, low, high = (share(each, sign=True) for each in (gap.mean, gap.low, gap.high))
+    return f"{mean} ({low} to {high})"
+
+
 def ratio(value: float | None) -> str:
     """Return a speedup, e.g. `1.64x`."""
     if value is None or not math.isfinite(value):

@@ -5,7 +5,6 @@ reaches: `verified over 75 steps (50 in FP32, 25 with the plan)`.
 """
 
 from dataclasses import dataclass, fields
-from functools import partial
 
 from autoprec.records.model import FP32
 from autoprec.records.plan import Certificate, Plan
@@ -176,11 +175,8 @@ class Promise:
         """The user's metrics, and the loss through the plan's own forward, a sentence for each."""
         found = [_metric_sentence(metric) for metric in self.metrics]
         if self.own_gap and self.gap and self.own_gap != self.gap:
-            own = formats.share(self.own_gap.mean, sign=True)
-            ends = formats.interval(
-                self.own_gap.low, self.own_gap.high, partial(formats.share, sign=True)
-            )
-            found.append(f"through the plan's own forward the gap is {own} ({ends})")
+            own = formats.gap_ends(self.own_gap)
+            found.append(f"through the plan's own forward the gap is {own}")
         if self.horizons:
             found.append(self._by_length)
         return found

@@ -36,7 +36,7 @@ from autoprec.device.ranks import local_part, sharded_tensor
 from autoprec.errors import PlanMismatchError
 from autoprec.model.kinds import is_transposed
 from autoprec.model.layers import comes_from_plan, find_layers, own_class
-from autoprec.model.state import buffer_dtypes, put_back_dtypes
+from autoprec.model.state import put_back_dtypes
 from autoprec.records import APPLICABLE_RECIPES, Option
 from autoprec.runtime.activations import CASTABLE, option_dtype
 from autoprec.runtime.classes import (
@@ -303,7 +303,7 @@ def _keep_masters(storage: Storage, installed: Installed) -> None:
         values={p: None if data is None else data.float() for p, data in originals.items()},
         names={name: p for name, p in model.named_parameters() if p in originals},
         was_split=any(isinstance(p, sharded_tensor()) for p in model.parameters()),
-        buffer_dtypes=buffer_dtypes(model),
+        buffer_dtypes={name: buffer.dtype for name, buffer in model.named_buffers()},
         gather_as_before=installed.gather_as_before,
     )
     others = dict(vars(model))

@@ -3,7 +3,6 @@
 import copy
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -44,18 +43,6 @@ def set_peak_rates(optimizer: Optimizer, seen: Sequence[float]) -> None:
         group["lr"] = torch.full_like(group["lr"], rate) if is_tensor else rate
 
 
-@dataclass(frozen=True)
-class SeenSchedule:
-    """A script's scheduler, and a copy from before its first step, of a copied optimizer."""
-
-    own: LRScheduler
-    first: LRScheduler
-
-    def made_steps(self, steps: int) -> bool:
-        """Whether the script stepped it once for each of its optimizer steps but maybe the last."""
-        return _position(self.own) - _position(self.first) >= max(steps - 1, 1)
-
-
 def copy_schedule(scheduler: LRScheduler, optimizer: Optimizer) -> LRScheduler:
     """Return a copy of a schedule for another optimizer with the same groups."""
     its = vars(scheduler)["optimizer"]
@@ -64,16 +51,21 @@ def copy_schedule(scheduler: LRScheduler, optimizer: Optimizer) -> LRScheduler:
     return copied
 
 
-def find_schedule(optimizer: Optimizer, other: Optimizer) -> SeenSchedule | None:
-    """Return the scheduler of a script's optimizer, if there is one; `other` is the one's copy."""
+def find_schedule(optimizer: Optimizer, other: Optimizer) -> tuple[LRScheduler, LRScheduler] | None:
+    """Return the scheduler of a script's optimizer, if any, and a copy for that one's, `other`."""
     found = [s for s in gc.get_objects() if issubclass(type(s), LRScheduler)]
     parts = [part for whole in found for part in vars(whole).get("_schedulers", ())]
     for scheduler in found:
         its = vars(scheduler).get("optimizer")
         its = getattr(its, "optimizer", its)  # Accelerate's is around the script's
         if its is optimizer and scheduler not in parts and not hasattr(scheduler, "num_bad_epochs"):
-            return SeenSchedule(scheduler, copy_schedule(scheduler, other))
+            return scheduler, copy_schedule(scheduler, other)
     return None
+
+
+def was_stepped(own: LRScheduler, first: LRScheduler, steps: int) -> bool:
+    """Whether a script stepped a schedule once for each optimizer step but maybe the last."""
+    return _position(own) - _position(first) >= max(steps - 1, 1)
 
 
 def _position(scheduler: LRScheduler) -> int:

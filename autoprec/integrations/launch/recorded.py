@@ -41,6 +41,7 @@ from autoprec.integrations.launch.optimizers import (
     copy_optimizer,
     copy_schedule,
     set_peak_rates,
+    was_stepped,
 )
 from autoprec.integrations.launch.patches import Function, patched, patched_spawn
 from autoprec.integrations.launch.recorder import MODEL_PY, Recorder
@@ -55,6 +56,7 @@ from autoprec.workload.optimizers import in_turn, trained_by
 from autoprec.workload.written import LOW_PRECISION, Written, in_fp32
 
 logger = logging.getLogger(__name__)
+Pairs = dict[str, tuple[nn.Parameter, nn.Parameter]]  # parameters at first and at the end, by name
 HELD_OUT = 4  # one batch in four is for evaluation
 LOSS_RTOL, NORM_RTOL = 1e-4, 1e-2  # kernels that are not deterministic stay within these
 
@@ -73,13 +75,14 @@ def record_workload(script: Script, *, steps: int) -> Workload:
     first = recorder.first
     if recorder.refusal is not None:
         raise _refused(script, recorder.refusal)
-    if first is None or recorder.steps < recorder.wanted:
+    if first is None or recorder.model is None or recorder.steps < recorder.wanted:
         raise _ended_early(script, recorder, status)
     stopped = "%s was stopped after %d training steps; what it wrote until then is its own"
     logger.warning(stopped, script.name, recorder.steps)
     batches, optimizers = recorder.recorded(), [*recorder.optimizers.values()]
-    followers = _followers(recorder, first.model)
-    thawed = _thawed(recorder, first.model)
+    now = dict(recorder.model.named_parameters())
+    pairs = {n: (p, now[n]) for n, p in first.model.named_parameters() if n in now}
+    followers, thawed = _followers(recorder, pairs), _thawed(optimizers, pairs)
     _free(recorder)
     # the check wants the script's autocast and scale; what is tuned is the model without them
     autocast = check_recording(script, recorder, first, batches[0])
@@ -149,21 +152,18 @@ def _spawn_here(
     fn(0, *args)
 
 
-def _followers(recorder: Recorder, first: nn.Module) -> set[str]:
+def _followers(recorder: Recorder, pairs: Pairs) -> set[str]:
     """Return the parameters that no optimizer trained and that are not as they were at first."""
-    trained = {id(p) for optimizer in recorder.optimizers for p in trained_by(optimizer)}
-    now = dict(recorder.model.named_parameters()) if recorder.model is not None else {}
-    pairs = ((n, p, now[n]) for n, p in first.named_parameters() if n in now)
-    others = (x for x in pairs if not x[2].requires_grad or id(x[2]) not in trained)
-    return {n for n, p, own in others if not torch.equal(own.detach().to(p.device), p)}
+    trained = {p for optimizer in recorder.optimizers for p in trained_by(optimizer)}
+    others = {n: x for n, x in pairs.items() if not x[1].requires_grad or x[1] not in trained}
+    return {n for n, (p, own) in others.items() if not torch.equal(own.detach().to(p.device), p)}
 
 
-def _thawed(recorder: Recorder, first: nn.Module) -> list[nn.Parameter]:
+def _thawed(optimizers: Sequence[SeenOptimizer], pairs: Pairs) -> list[nn.Parameter]:
     """Return the optimizers' parameters that are frozen at first and trained in a later step."""
-    held = {id(p) for seen in recorder.optimizers.values() for p in trained_by(seen.first)}
-    now = dict(recorder.model.named_parameters()) if recorder.model is not None else {}
-    pairs = ((p, now[n]) for n, p in first.named_parameters() if n in now and id(p) in held)
-    thawed = [p for p, own in pairs if own.requires_grad and not p.requires_grad]
+    held = {p for seen in optimizers for p in trained_by(seen.first)}
+    frozen = [(p, own) for p, own in pairs.values() if p in held and not p.requires_grad]
+    thawed = [p for p, own in frozen if own.requires_grad]
     if thawed:
         logger.warning(
             "%d parameters are frozen in the script's first step and trained in a later one: "
@@ -198,8 +198,8 @@ def _around_steps(recorder: Recorder, optimizers: Sequence[SeenOptimizer]) -> di
     if schedules and len(optimizers) > 1:
         names = " and ".join(type(each.first).__name__ for each in optimizers)
         logger.warning("the schedules of %s are not followed: each is at its peak rate", names)
-    elif schedules and schedules[0].made_steps(recorder.steps):
-        found["build_scheduler"] = partial(copy_schedule, schedules[0].first)
+    elif schedules and was_stepped(*schedules[0], recorder.steps):
+        found["build_scheduler"] = partial(copy_schedule, schedules[0][1])
         return found
     for each in optimizers:
         set_peak_rates(each.first, each.rates)
@@ -241,12 +241,12 @@ def check_recording(
             seen.add(torch.get_autocast_dtype(device))
 
     with random_state_kept():
-        # as in the script: the random numbers of its dropout, and its autocast
-        hooks = [layer.register_forward_pre_hook(note) for layer in find_layers(model).values()]
-        with first.autocast, UserCode("the recorded first step", "its loss again"):
-            loss = recorded_loss(model, batch, lambda number: calls[number].draw_again())
-        for hook in hooks:
-            hook.remove()
+        with contextlib.ExitStack() as hooks:
+            for layer in find_layers(model).values():
+                hooks.enter_context(layer.register_forward_pre_hook(note))
+            # as in the script: the random numbers of its dropout, and its autocast
+            with first.autocast, UserCode("the recorded first step", "its loss again"):
+                loss = recorded_loss(model, batch, lambda number: calls[number].draw_again())
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
     inputs = "the model or its loss depends on something else than the model's inputs"

@@ -46,7 +46,6 @@ from autoprec.integrations.launch.weights import (
     are_scaled,
     gradient_norm,
     gradient_norms,
-    has_grad,
     sum_of_weights,
 )
 from autoprec.model.layers import unwrapped
@@ -117,9 +116,8 @@ class Recorder:
         # a parametrized weight is made where it is read, as at its registration
         if not is_training or isinstance(module, ParametrizationList):
             return call(module, *args, **kwargs)
-        if is_wrapper(unwrapped(module, parallel=True)):
-            return call(module, *args, **kwargs)
-        if not any(p.requires_grad for p in module.parameters()):
+        is_trained = any(p.requires_grad for p in module.parameters())
+        if is_wrapper(unwrapped(module, parallel=True)) or not is_trained:
             return call(module, *args, **kwargs)
         if any(map(is_lazy, module.parameters())):
             self._was_lazy = True  # this call gives it its shapes
@@ -302,7 +300,8 @@ class Recorder:
         model, is_first = self.model, not self.optimizers and bool(self.batches)
         if model is None or [*kept_gradients(model)]:
             return
-        if any(map(has_grad, model.parameters())) and not (is_first and gradient_norm(model) == 0):
+        has_any = any(parameter.grad is not None for parameter in model.parameters())
+        if has_any and not (is_first and gradient_norm(model) == 0):
             return
         self._dropped += 1  # or the first one of all
         if self._dropped > self.wanted:
@@ -319,8 +318,9 @@ class Recorder:
     def _around_clip(self, call: Function, parameters: Any, /, *args: Any, **kwargs: Any) -> Tensor:
         given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         bound = CLIP.bind(given, *args, **kwargs).arguments
-        trained = [] if self.model is None else [p for p in self.model.parameters() if has_grad(p)]
-        if trained and bound.get("norm_type", 2.0) == 2.0 and set(trained) <= set(given):
+        every = self.model.parameters() if self.model is not None else ()
+        trained = {parameter for parameter in every if parameter.grad is not None}
+        if trained and bound.get("norm_type", 2.0) == 2.0 and trained <= set(given):
             self.clip_norm = float(bound["max_norm"])
         norm: Tensor = call(given, *args, **kwargs)
         return norm

@@ -12,11 +12,6 @@ from autoprec.sensitivity.real import real_view
 SCALE_RTOL = 1e-2  # BF16 gradients that are scaled are rounded again
 
 
-def has_grad(parameter: nn.Parameter) -> bool:
-    """Whether a gradient has arrived."""
-    return parameter.grad is not None
-
-
 def sum_of_weights(model: nn.Module) -> float:
     """Return the sum of all parameters, in a process that trains alone."""
     return sum(float(_numbers(p).sum()) for p in model.parameters())
