@@ -23,9 +23,8 @@ from autoprec.tuning.settings import Settings
 from autoprec.verification import Terms
 from autoprec.verification.evidence import Evidence, advice, metric_gaps
 from autoprec.verification.gate import gather_evidence, open_session
-from autoprec.verification.metrics import check_metrics
+from autoprec.verification.metrics import check_metrics, metrics_of
 from autoprec.workload.functions import Workload
-from autoprec.workload.metrics import metrics_of
 from tests.models import Mlp, mlp_workload
 from tests.plans import plan_for
 from tests.test_verification_gate import CPU, changed, plan_of

@@ -58,42 +58,40 @@ class Parking:
 
     model: nn.Module
     optimizer: Optimizer
-    _away: list[tuple[UntypedStorage, int]] = field(default_factory=list)  # with their bytes
-    _held: list[Tensor] = field(default_factory=list)  # on the host, in that order; else
-    _places: list[int] = field(default_factory=list)  # in the file
+    # with their sizes, and their bytes on the host or the place of these in the file
+    _away: list[tuple[UntypedStorage, int, Tensor | int]] = field(default_factory=list)
     _file: ByteFile = field(default_factory=ByteFile)
 
     def leave(self) -> None:
         """Take the state off its device; where there is no room for it elsewhere, it stays."""
         storages = list(self._storages())
         total = sum(storage.nbytes() for storage in storages)
-        if self._device.type != "cpu" and fits_the_host(total):
-            self._held = [bytes_of(storage).cpu() for storage in storages]
-        else:
-            try:
-                self._places = [self._file.write(bytes_of(each).cpu()) for each in storages]
-            except OSError as error:
-                self._file = ByteFile()  # what is half there takes room from others
-                log.warning("a model waits in memory: %s (%s)", gettempdir(), error)
-                return
+        on_host = self._device.type != "cpu" and fits_the_host(total)
+        try:
+            lefts: list[Tensor | int] = [
+                bytes_of(each).cpu() if on_host else self._file.write(bytes_of(each).cpu())
+                for each in storages
+            ]
+        except OSError as error:
+            self._file = ByteFile()  # what is half there takes room from others
+            log.warning("a model waits in memory: %s (%s)", gettempdir(), error)
+            return
         # all is safe elsewhere: only now is anything given up
-        self._away = [(storage, storage.nbytes()) for storage in storages]
+        self._away = [(s, s.nbytes(), left) for s, left in zip(storages, lefts, strict=True)]
         for storage in storages:
             storage.resize_(0)
 
     def come_back(self) -> None:
         """Bring the state back to its device."""
-        for storage, size in self._away:
+        for storage, size, left in self._away:
             storage.resize_(size)
-        targets = [bytes_of(storage) for storage, _ in self._away]
-        for target, held in zip(targets, self._held, strict=False):
-            target.copy_(held)
-        for target, place in zip(targets, self._places, strict=False):
-            on_cpu = (
-                target if target.device.type == "cpu" else torch.empty_like(target, device="cpu")
-            )
-            target.copy_(self._file.read(place, on_cpu))
-        self._away, self._held, self._places, self._file = [], [], [], ByteFile()
+            target = bytes_of(storage)
+            if not isinstance(left, Tensor):
+                is_cpu = storage.device.type == "cpu"
+                buffer = target if is_cpu else torch.empty_like(target, device="cpu")
+                left = self._file.read(left, buffer)
+            target.copy_(left)
+        self._away, self._file = [], ByteFile()
 
     @property
     def _device(self) -> torch.device:

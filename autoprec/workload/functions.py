@@ -232,7 +232,7 @@ class Workload:
         return self.part.joined(loss.reshape(()))
 
     def evaluate(self, model: nn.Module) -> object:
-        """Return what the user's evaluate does, run as `loss_fn` is (`workload.metrics`)."""
+        """Return what the user's evaluate does, run as `loss_fn` is (`verification.metrics`)."""
         with self.plainly():
             return self._call("evaluate(model)", object, "a number, or numbers by name", model)
 
