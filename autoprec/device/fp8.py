@@ -73,10 +73,6 @@ def tried_recipes(device: torch.device) -> Fp8Support:
 
 
 def _capability_refusal(device: torch.device) -> str:
-    if device.type == "meta":
-        return "a meta device runs nothing"
-    if device.type == "cuda" and not torch.cuda.is_available():
-        return "CUDA is not available here"
     if device.type != "cuda" or torch.version.hip is not None:
         return ""
     major, minor = torch.cuda.get_device_capability(device)

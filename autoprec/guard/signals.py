@@ -20,12 +20,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
 from autoprec.device.late import LateValues
-from autoprec.device.ranks import local_part
+from autoprec.device.ranks import local_part, mean_over_ranks
 
 MOST_LOG = 88.0  # of an FP32 number; an infinite bound stays above all of them
 FEWEST_VALUES = 20  # before which nothing is unusual
@@ -94,10 +93,7 @@ def read_signals(
     """
     bounds = bounds or Bounds()
     seen = [loss.detach().float().reshape(1), _norms(parameters, loss.device).square()]
-    vector = torch.cat(seen if shares is None else [*seen, shares.flatten()])
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(vector)
-        vector = vector / dist.get_world_size()
+    vector = mean_over_ranks(torch.cat(seen if shares is None else [*seen, shares.flatten()]))
     value, squared = vector[0], vector[1 : 1 + len(parameters)].sum()
     # The host's rules of what is bad, on the device. It decides all comparisons, for both.
     is_loss_high = value > bounds.loss

@@ -100,10 +100,7 @@ class RecordedStep:
         if is_divided(layer):
             own, _ = local_copy(self.model, layer)
             return calls, lambda: copy.deepcopy(own)
-
-        def build_model() -> nn.Module:
-            return self.context.workload.build_model().to(device)
-
+        build_model = self.context.workload.build_model
         return calls, lambda: copy_layer(layer, build_model, name).to(device)
 
     def record(self, names: Iterable[str]) -> None:
@@ -139,7 +136,7 @@ def record_groups(
     batch = take_batches(workload, seed=context.seed, count=1, device=device)[0]
     recorded = RecordedStep(context, model, batch, in_surroundings)
     started = time.perf_counter()
-    record_step(context, model, batch, {})  # lazy modules have parameters after it
+    record_step(context, model, batch, {})
     first_ms = (time.perf_counter() - started) * 1e3
     try:
         recorded.record([group.first.name for group in groups])

@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
-from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from autoprec.common.text import first_and_more
@@ -236,12 +235,8 @@ def _check_layer(name: str, layers: Mapping[str, nn.Module], option: Option) -> 
             f"(its layers: {first_and_more(layers)}); correct the name"
         )
     layer = layers[name]
-    if isinstance(layer, torch.jit.ScriptModule):
-        reason = "a scripted module cannot be changed; give autoprec the model before scripting it"
-    elif "forward" in vars(layer):
+    if "forward" in vars(layer):
         reason = "its forward was replaced on the object; apply the plan before what replaced it"
-    elif any(is_lazy(parameter) for parameter in layer.parameters()):
-        reason = "its parameters have no shape yet; run one batch through the model first"
     else:
         reason = _option_refusal(layer, option) if option.is_fp8 else ""
     if reason:
