@@ -250,6 +250,8 @@ def test_a_wrong_target_or_folder_gets_one_clear_line(run: Run, tmp_path: Path) 
     [
         ("tune",),
         ("tune", TINY, "--bogus"),
+        ("tune", "x" * 300),  # longer than a file's name may be
+        ("tune", "--script", "x" * 300),
         ("bogus",),
         ("tune", TINY, "--loss-tolerance", "5"),
         ("tune", TINY, "--recipes", "mxfp4"),

@@ -1,6 +1,7 @@
 import itertools
 import logging
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -408,6 +409,16 @@ def test_a_folder_of_any_name_has_its_own_study(name: str, tmp_path: Path) -> No
         pass
     check_storage(storage_in(tmp_path / name))
     assert [path.name for path in (tmp_path / name).iterdir()] == ["study.db"]
+
+
+def test_a_study_that_may_not_be_written_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_study(storage_in(tmp_path), "one", tables=""):
+        pass
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    with pytest.raises(RecordError, match=r"--storage must .*\(it may not be written\)"):
+        check_storage(storage_in(tmp_path))
 
 
 def test_a_storage_file_that_is_no_database_is_one_clear_line(tmp_path: Path) -> None:

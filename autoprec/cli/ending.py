@@ -16,6 +16,7 @@ from autoprec.errors import AutoprecError
 from autoprec.tuning.ranks import is_launched
 
 CANNOT_WRITE = (*NO_ROOM, errno.EIO)
+CANNOT_REACH = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 
 
 def told_of(error: Exception) -> str | None:
@@ -38,6 +39,11 @@ def _line_of(error: Exception) -> str | None:
         return (
             f"output must have somewhere to go, but writing failed ({error.strerror}); make room "
             "on the disk, or write elsewhere"
+        )
+    if isinstance(error, OSError) and error.errno in CANNOT_REACH and error.filename:
+        return (
+            f"a file must be within reach, but {shown_value(str(error.filename))} is not "
+            f"({error.strerror}); check the path and what it permits"
         )
     if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
         return None

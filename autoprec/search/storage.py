@@ -6,6 +6,7 @@ is open, and its settings are given back after.
 """
 
 import logging
+import os
 import sqlite3
 import time
 import warnings
@@ -127,9 +128,11 @@ def _check_file(name: str) -> None:
         raise ValueError("it names no file")
     if not path.parent.is_dir():
         raise ValueError("its folder is not there")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ValueError("it may not be written")
     if path.exists():
         with closing(sqlite3.connect(path, timeout=LOCKED_S)) as database:
-            database.execute("BEGIN IMMEDIATE")  # is it a database, and may it be written
+            database.execute("BEGIN IMMEDIATE")  # it is one, and nobody keeps it for long
             database.rollback()
 
 

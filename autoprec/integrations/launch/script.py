@@ -90,16 +90,18 @@ def script_line() -> str:
 
 def _load_file(script: Script) -> tuple[CodeType, ModuleType]:
     path = Path(script.name)
-    if not path.is_file():
+    try:
+        text = path.read_bytes()
+    except OSError as error:
         raise WorkloadError(
-            f"the script must be a Python file, but {path} is not there; give its path (of an "
-            "installed command, $(which NAME)), or -m and a module's name"
-        )
+            f"the script must be a Python file, but {path} is none ({error.strerror}); give its "
+            "path (of an installed command, $(which NAME)), or -m and a module's name"
+        ) from error
     _enter(script.name, script.args, folder=str(path.resolve().parent))
     full = os.path.abspath(path)
     main, loader = ModuleType("__main__"), SourceFileLoader("__main__", full)
     vars(main).update(__file__=full, __cached__=None, __loader__=loader)
-    return compile(path.read_bytes(), full, "exec", dont_inherit=True), main
+    return compile(text, full, "exec", dont_inherit=True), main
 
 
 def _load_module(script: Script) -> tuple[CodeType, ModuleType]:
