@@ -165,6 +165,17 @@ def test_the_factor_is_students() -> None:
         assert student_factor(freedom, confidence) == pytest.approx(exact, rel=0.05)
 
 
+def test_a_machine_that_stood_still_in_one_of_three_samples_tells_nothing() -> None:
+    still = Timing(median_ms=0.01, p20_ms=0.01, p80_ms=30.0, samples=3)
+    run = make_run()
+    assert run.profile
+    layers = tuple(layer.model_copy(update={"total": still}) for layer in run.profile.layers)
+    steps = tuple(step.model_copy(update={"timing": still}) for step in run.profile.steps)
+    unlucky = run.profile.model_copy(update={"layers": layers, "steps": steps})
+    found = compare_runs(run, replace(run, profile=unlucky))
+    assert (found.layer_times, found.speedup and found.speedup.is_beyond_noise) == ((), False)
+
+
 def test_few_layers_tell_nothing_of_the_noise_between_runs() -> None:
     chance = random.Random(2)
     found = compare_runs(*(_drawn(_rows(5), chance, between=0.0) for _ in range(2)))

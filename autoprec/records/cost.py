@@ -12,6 +12,7 @@ from autoprec.records.model import Basis, ModelSpec, Option
 P80_SIGMAS = 0.8416  # the 80th percentile of a normal distribution, in standard deviations
 MEDIAN_FACTOR = 1.2533  # standard error of a median over that of a mean, sqrt(pi / 2)
 FEWEST_SPREAD = 2  # samples; a single one shows no spread
+WIDEST = 20.0  # half-width of a log ratio, a factor of 5e8: nothing is known of it, and exp() is
 BASELINES = ("as_written", "fp32", "bf16_o2", "autocast_bf16")  # what users run now comes first
 
 
@@ -60,7 +61,8 @@ def ratio_error(first: Timing, second: Timing) -> float | None:
     fewer = min(first.samples, second.samples)
     if fewer < FEWEST_SPREAD:
         return None
-    return student_factor(fewer - 1) * math.hypot(first.relative_error, second.relative_error)
+    error = student_factor(fewer - 1) * math.hypot(first.relative_error, second.relative_error)
+    return min(error, WIDEST)
 
 
 @lru_cache

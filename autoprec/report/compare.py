@@ -26,7 +26,7 @@ from autoprec.common.grouping import grouped
 from autoprec.common.text import first_and_more, percent
 from autoprec.errors import RecordError
 from autoprec.records.checks import Change, Comparison, DifferenceRow
-from autoprec.records.cost import BASELINES, FEWEST_SPREAD, Timing, student_factor
+from autoprec.records.cost import BASELINES, FEWEST_SPREAD, WIDEST, Timing, student_factor
 from autoprec.records.model import BF16_O2, FP32, Basis
 from autoprec.records.sensitivity import Estimate
 from autoprec.report.formats import count_of
@@ -61,7 +61,8 @@ class Noise:
 
     def width(self, numbers: int) -> float:
         """Return the half-width of a log ratio's interval, one of so many in a table."""
-        return student_factor(self.freedom, 1.0 - ALPHA / max(numbers, 1)) * self.sigma
+        width = student_factor(self.freedom, 1.0 - ALPHA / max(numbers, 1)) * self.sigma
+        return min(width, WIDEST)
 
 
 @dataclass(frozen=True)
