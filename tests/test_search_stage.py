@@ -402,7 +402,7 @@ def test_a_storage_that_cannot_be_opened_is_one_clear_line(storage: str, match: 
     assert "--storage must be a database URL" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["a{b}", "a%20b", "a?b#c", "a b"])
+@pytest.mark.parametrize("name", ["a{b}", "a%20b", "a?b#c", "a b", "a\udcff"], ids=ascii)
 def test_a_folder_of_any_name_has_its_own_study(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
     with open_study(storage_in(tmp_path / name), "one", tables=""):

@@ -11,7 +11,7 @@ import sqlite3
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,8 +96,10 @@ def storage_in(folder: Path) -> str:
     """Return the database URL of a run folder's own study."""
     from sqlalchemy import URL
 
-    url = URL.create("sqlite", database=str(folder / "study.db")).render_as_string()
-    return url.replace("{", "{{").replace("}", "}}")  # Optuna takes a template
+    path = str(folder / "study.db")
+    with suppress(UnicodeEncodeError):  # a folder that is no UTF-8 goes as it is
+        path = URL.create("sqlite", database=path).render_as_string().removeprefix("sqlite:///")
+    return "sqlite:///" + path.replace("{", "{{").replace("}", "}}")  # Optuna takes a template
 
 
 def check_storage(storage: str) -> None:

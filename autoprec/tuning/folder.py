@@ -45,7 +45,6 @@ class Folder:
         self._cwd = Path.cwd()  # that the settings' paths are from: the user's code may change it
         try:
             self._is_new = not path.exists()
-            str(path).encode()  # as what is printed and a database's URL are
             path.mkdir(parents=True, exist_ok=True)
             probe = path / ".autoprec-probe"
             probe.touch()
