@@ -242,6 +242,16 @@ def test_wrapped_models_are_refused_with_the_way_out() -> None:
         autoprec.undo(nn.Sequential().append(nn.DataParallel(model))[0])
 
 
+def test_a_lazy_model_is_refused_until_a_batch_gave_it_shapes() -> None:
+    plan = plan_for(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), BF16_O2)
+    model = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 4))
+    with pytest.raises(PlanMismatchError, match=r"none yet: 0\.weight, 0\.bias; run"):
+        autoprec.apply(plan, model)
+    model(torch.ones(2, 6))
+    autoprec.apply(plan, model)
+    assert model[0].weight.dtype is torch.bfloat16
+
+
 @pytest.mark.parametrize("name", ["", "first"])
 def test_a_forward_set_on_the_object_that_would_hide_the_plan_is_refused(name: str) -> None:
     model = Mlp()

@@ -33,7 +33,7 @@ from autoprec.model.context import Context
 from autoprec.model.kinds import is_linear, layer_kind, linear_refusal, matrix_sizes, weight_of
 from autoprec.model.layers import (
     ModelLayers,
-    float64_refusal,
+    master_refusal,
     model_layers,
     type_name,
     wide_dims,
@@ -255,7 +255,7 @@ class ObservedStep:
 
 def make_spec(seen: ObservedStep, workload: Workload) -> ModelSpec:
     """Return the spec of the model of a workload's step."""
-    if reason := float64_refusal(seen.model):
+    if reason := master_refusal(seen.model):
         raise WorkloadError(reason)
     names: dict[int, str] = {}  # of parameters, where each came first
     layers = tuple(_layer_spec(name, seen, names=names) for name in seen.calls)

@@ -116,8 +116,11 @@ def comes_from_plan(cls: type[nn.Module]) -> bool:
     return "autoprec_base" in vars(cls)
 
 
-def float64_refusal(model: nn.Module) -> str:
+def master_refusal(model: nn.Module) -> str:
     """Return why a model's parameters cannot have FP32 masters; "" if they can."""
+    if lazy := [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]:
+        known = "parameters must have a shape, but lazy ones have none yet"
+        return f"{known}: {first_and_more(lazy)}; run a batch through the model first"
     wide = [name for name, p in model.named_parameters() if p.dtype is torch.float64]
     if not wide:
         return ""

@@ -21,7 +21,7 @@ from autoprec.model.kinds import layer_kind, linear_refusal, matrix_sizes
 from autoprec.model.layers import (
     ModelLayers,
     comes_from_plan,
-    float64_refusal,
+    master_refusal,
     model_layers,
 )
 from autoprec.model.options import shape_refusal
@@ -65,7 +65,7 @@ def check_untouched(model: nn.Module, found: ModelLayers) -> None:
                 "a scripted module cannot be changed, and the model has one; "
                 "call autoprec.apply before torch.jit.script"
             )
-    if reason := float64_refusal(model):
+    if reason := master_refusal(model):
         raise PlanMismatchError(reason)
     # A forward set on a layer itself hides what its class computes; on the root, it is run.
     for name, module in {**found.modules, "": model}.items():
