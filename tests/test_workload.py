@@ -164,6 +164,13 @@ def test_file_that_does_not_import_is_one_clear_line(tmp_path: Path, text: str) 
         load_workload(str(path))
 
 
+def test_a_script_that_reads_its_arguments_is_told_where(tmp_path: Path) -> None:
+    path = tmp_path / "parses.py"
+    path.write_text(NAMES + "import argparse\nargparse.ArgumentParser().parse_args(['--x'])\n")
+    with pytest.raises(WorkloadError, match=r"it raised SystemExit at parses.py:3: 2"):
+        load_workload(str(path))
+
+
 def test_a_file_does_not_hide_a_module_of_python(tmp_path: Path) -> None:
     (tmp_path / "json.py").write_text(NAMES)
     with pytest.raises(WorkloadError, match="must not be named as one of Python's own modules"):

@@ -38,6 +38,7 @@ import dataclasses
 import inspect
 import itertools
 import math
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
 EVAL_SEED = 2**31 - 1  # reserved: no stage trains on it
 MAX_EVAL_BATCHES = 64  # an endless eval_batches() is cut here
 DEFAULT_EVAL_BATCHES = 8
+LIBRARIES = ("site-packages", sysconfig.get_path("stdlib"))  # where no user's code is
 LONGEST_ERROR = 300  # characters of the user's own exception
 
 T = TypeVar("T")
@@ -423,7 +425,8 @@ class UserCode(AbstractContextManager["UserCode"]):
         if dist.is_available() and dist.is_initialized() and is_of_lost_rank(error):
             return  # met inside the user's code (FSDP gathers there), and no fault of it
         # The innermost frame of the user's own code; the first is ours, libraries' are no help.
-        inside = [f for f in traceback.extract_tb(trace)[1:] if "site-packages" not in f.filename]
+        frames = traceback.extract_tb(trace)[1:]
+        inside = [f for f in frames if not any(folder in f.filename for folder in LIBRARIES)]
         where = f" at {Path(inside[-1].filename).name}:{inside[-1].lineno}" if inside else ""
         root: BaseException = error
         while root.__cause__ is not None:
