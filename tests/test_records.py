@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoprec.common.files import MAX_RECORD_BYTES
+from autoprec.common.files import MAX_RECORD_BYTES, file_digest
 from autoprec.errors import RecordError
 from autoprec.records import (
     BF16_O2,
@@ -154,3 +154,13 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
 def test_unwritable_folder_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="choose another folder with --out"):
         write_atomically(tmp_path / "absent" / "a.json", "text")
+
+
+def test_a_file_s_digest_follows_its_bytes(tmp_path: Path) -> None:
+    file = tmp_path / "weights.pt"
+    found = [file_digest(file)]
+    for content in (b"some", b"others", b"some"):  # of one length a file's time tells them apart
+        file.write_bytes(content)
+        found.append(file_digest(file))
+    assert found[0] == ""
+    assert found[1] == found[3] != found[2]

@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import functools
 import hashlib
 import os
 import shutil
@@ -101,6 +102,12 @@ def file_digest(path: Path) -> str:
     """Return a hash of a file's bytes, or "" where it is not there."""
     if not path.is_file():
         return ""
+    state = path.stat()
+    return _digest_of(path.absolute(), state.st_mtime_ns, state.st_size)
+
+
+@functools.cache  # a checkpoint of a large model takes a minute, and decides several stages
+def _digest_of(path: Path, _written_ns: int, _size: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
