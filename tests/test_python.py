@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import autoprec
+from autoprec.errors import AutoprecError
 from autoprec.records import Precision, Verdict
 
 WIDTH = 16
@@ -81,6 +82,12 @@ def test_functions_by_name_are_a_workload_too(tmp_path: Path) -> None:
     names = ["0", "2"]
     assert [layer.name for layer in one.plan.layers] == names
     assert [layer.name for layer in other.plan.layers] == names
+
+
+def test_a_memory_that_no_plan_fits_is_told_before_errors_are_measured(tmp_path: Path) -> None:
+    with pytest.raises(AutoprecError, match=r"in 1\.00 KiB, but the smallest needs .* KiB"):
+        autoprec.tune(Task(), out=tmp_path, target="h100-sxm", memory="1KiB", **QUICK)
+    assert {file.name for file in tmp_path.glob("*.json")} == {"profile.json", "run.json"}
 
 
 @pytest.mark.slow

@@ -289,7 +289,7 @@ def test_a_memory_limit_buys_bytes_with_time() -> None:
     found = exact(problem_of(rows, memory_bytes=10_000), 1.0)
     assert found is not None
     assert found[0] == (BF16_O2, FP32, FP32)
-    with pytest.raises(InfeasibleError, match=r"must fit in 5000 bytes, but the smallest .* 6000"):
+    with pytest.raises(InfeasibleError, match=r"in 4\.88 KiB, but the smallest needs 5\.86 KiB"):
         front(problem_of(rows, memory_bytes=5_000))
 
 

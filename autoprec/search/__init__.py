@@ -20,6 +20,7 @@ Imports no torch; Optuna is imported when a search begins.
 from autoprec.search.planning import build_plan
 from autoprec.search.stage import (
     between_notes,
+    check_memory,
     default_trials,
     grad_error_budget,
     search_plan,

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 from autoprec.common.grouping import grouped
+from autoprec.common.text import shown_bytes
 from autoprec.errors import InfeasibleError
 from autoprec.records import BF16_O2, FP32, Constraint, LayerSpec, Option, Precision
 from autoprec.search.costs import Costs, Price, is_all_fp32
@@ -332,6 +333,6 @@ def _nothing_fits(problem: Problem) -> str:
     least = sum(min(p.memory_bytes for p in prices.values()) for prices in problem.costs.prices)
     need = least + problem.costs.outside_bf16.memory_bytes
     return (
-        f"a plan must fit in {problem.memory_bytes} bytes, but the smallest needs about {need}; "
-        "allow more memory or keep fewer layers in FP32"
+        f"a plan must fit in {shown_bytes(problem.memory_bytes or 0)}, but the smallest needs "
+        f"{shown_bytes(need)}; raise --memory or keep fewer layers in FP32"
     )

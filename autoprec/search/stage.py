@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from autoprec.common.progress import Progress, report_nothing
 from autoprec.common.text import percent, short_digest, significant
 from autoprec.errors import InfeasibleError
-from autoprec.predict.transfer import sensitivity_basis
+from autoprec.predict.transfer import sensitivity_basis, unknown_sensitivity
 from autoprec.records.cost import Profile
 from autoprec.records.model import Basis, LayerSpec
 from autoprec.records.plan import Constraint, FrontPoint, Search, SearchTrial
@@ -103,6 +103,12 @@ def sensitivity_for(
         return problem.rank(plan)
 
     return min(sensitivity, without, key=least)
+
+
+def check_memory(profile: Profile, constraint: Constraint) -> None:
+    """Check that a plan can fit, before anything is measured of its error (InfeasibleError)."""
+    costs = make_costs(profile, unknown_sensitivity(profile.model))
+    front(make_problem(costs, constraint.model_copy(update={"keep": ()})))
 
 
 def default_trials(layers: Sequence[LayerSpec]) -> int:

@@ -320,9 +320,12 @@ class Run:
             return transfer_sensitivity(self.proxy.sensitivity, self.spec)
         if self.settings.meta:
             return unknown_sensitivity(self.spec)
+        from autoprec.search import check_memory
         from autoprec.sensitivity.measure import measure_sensitivity
 
         settings = self.settings
+        if settings.memory and "search" in self.stages:
+            check_memory(self.profile, settings.constraint)
         return measure_sensitivity(
             self.reference,
             options=settings.fp8_options,
