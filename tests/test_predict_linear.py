@@ -322,3 +322,22 @@ def test_gemms_of_six_devices_are_as_nvidia_measured_them() -> None:
     assert len(errors) == 6
     assert all(statistics.median(found) < 0.08 for found in errors.values())
     assert statistics.fmean(sides) > 0.97
+
+
+@pytest.mark.parametrize(
+    ("device", "size", "measured"),  # gpu-flops-bench's rates of TF32 over BF16, 2026-08
+    [
+        ("rtx-4090", 4096, 86.5 / 174.3),
+        ("rtx-4090", 8192, 87.7 / 168.6),
+        ("rtx-5090", 4096, 112.6 / 234.2),
+        ("rtx-5090", 8192, 122.8 / 247.8),
+        ("rtx-pro-6000", 4096, 193.9 / 385.0),
+        ("rtx-pro-6000", 8192, 224.7 / 439.4),
+    ],
+)
+def test_tf32_is_as_much_slower_than_bf16_as_published(
+    device: str, size: int, measured: float
+) -> None:
+    machine = load_device_profile(device).machine
+    bf16, tf32 = (gemm_us(machine, *[size] * 3, k) for k in (Kernel.BF16, Kernel.TF32))
+    assert bf16 / tf32 == pytest.approx(measured, rel=0.08)
