@@ -419,6 +419,9 @@ def test_a_ratio_without_an_interval_that_prints_as_1_is_no_gain(
 ) -> None:
     found = Speedup(value, None, None, Basis.PREDICTED)
     assert (found.is_gain, found.is_loss) == (is_gain, is_loss)
+    assert found.is_faster is is_gain
+    sure = Speedup(value, value - 1e-3, value + 1e-3, Basis.MEASURED)
+    assert sure.is_faster is (value > 1.0)
 
 
 def test_what_is_faster_without_masters_is_not_said_to_learn_as_well() -> None:

@@ -81,7 +81,7 @@ def _rival(plan: Plan, speedups: Mapping[str, Speedup]) -> str:
     labels = ["bf16_o2"] if _has_fp8(plan) else []
     if plan.constraint.memory_bytes is None:  # else the others may not fit
         labels += [_now(speedups), "fp32"]
-    faster = [x for x in labels if x in speedups and speedups[x].value <= 1.0]
+    faster = [x for x in labels if x in speedups and not speedups[x].is_faster]
     return min(faster, key=lambda label: speedups[label].value, default="")
 
 
@@ -148,7 +148,7 @@ def _fp8_sentence(plan: Plan, bf16: Speedup | None) -> str:
         return "" if note.startswith(PAYS) else note
     if bf16 is None:
         return note
-    if bf16.value <= 1.0:
+    if not bf16.is_faster:
         return f"{LOSES} here: {_slower(plan, bf16)}"
     if not bf16.is_gain:
         return f"FP8 may pay here: the plan's speedup over BF16 O2 is {bf16}"

@@ -43,9 +43,14 @@ class Speedup:
         return formats.ratio(self.value) + (f" ({interval})" if interval else "")
 
     @property
+    def is_faster(self) -> bool:
+        """Whether the plan is faster, as far as is known: to two places, without an interval."""
+        return self.value >= 1.0 + NOTHING if self.low is None else self.value > 1.0
+
+    @property
     def is_gain(self) -> bool:
-        """Whether the plan is faster beyond doubt: by the whole interval, or to two places."""
-        return self.value >= 1.0 + NOTHING if self.low is None else self.low > 1.0
+        """Whether the plan is faster beyond doubt: by the whole interval."""
+        return self.is_faster if self.low is None else self.low > 1.0
 
     @property
     def is_loss(self) -> bool:
