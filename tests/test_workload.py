@@ -164,6 +164,22 @@ def test_file_that_does_not_import_is_one_clear_line(tmp_path: Path, text: str) 
         load_workload(str(path))
 
 
+def test_a_file_that_changes_the_directory_is_found_again_by_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = []
+    for rest in ("", "more = 1\n", "more = 1\n"):
+        Path(tmp_path, "mine.py").write_text(
+            f"import os\nos.chdir('/')\n{NAMES}{rest}".replace("None", "len")
+        )
+        monkeypatch.chdir(tmp_path)
+        found.append(load_workload("mine.py"))
+    first, second, third = found
+    assert first.digest != second.digest == third.digest  # of its text, not of nothing
+    assert load_workload(first.reference).digest == third.digest  # from where it went
+
+
 def test_a_script_that_reads_its_arguments_is_told_where(tmp_path: Path) -> None:
     path = tmp_path / "parses.py"
     path.write_text(NAMES + "import argparse\nargparse.ArgumentParser().parse_args(['--x'])\n")

@@ -154,14 +154,14 @@ def train_branches(session: Session, variants: Sequence[Variant], seeds: Sequenc
     workers, context, folder = session.workers, session.context, session.store.folder
     if not workers.are_other_processes:
         return
-    if folder is None or not context.workload.digest:
+    if folder is None or not context.workload.reference:
         raise WorkerError(
             "workers train in other processes, which need the workload as a file and a folder for "
             f"their branches, but {context.workload.name} has none; verify without workers"
         )
     limit, places = context.memory_limit, _places(context.device, workers)
     job = Job(
-        workload=context.workload.name,
+        workload=context.workload.reference,
         device=str(context.device),
         context_seed=context.seed,
         terms=session.terms,

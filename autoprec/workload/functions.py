@@ -105,6 +105,8 @@ class Workload:
 
     Attributes:
         name: how the user called it.
+        reference: its file for other processes, wherever its code changes to; empty for live
+            objects.
         digest: a hash of the file's text, so that only an unchanged one is resumed; empty for live
             objects, of which nobody can say whether they are the same.
         written: their autocast, dtypes and compiling, as far as these were seen.
@@ -122,6 +124,7 @@ class Workload:
     accumulation_steps: int = 1
     clip_norm: float | None = None
     schedules: dict[tuple[object, ...], tuple[int, int | None]] = field(default_factory=dict)
+    reference: str = ""
 
     def build_model(self, *, seed: int = 0) -> nn.Module:
         """Build the model in FP32, for training, not compiled: same seed, same initial weights."""

@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -36,13 +37,14 @@ def load_workload(reference: str) -> Workload:
             f"hide, but it is {path}; rename it"
         )
     _check_text(path, () if name else tuple(REQUIRED))
+    # before its code may change the directory
+    elsewhere, digest = str(Path.cwd() / reference), short_digest(text_digest(path), name)
     holder: object = _import_file(path)
     if name:
         if not hasattr(holder, name):
             raise WorkloadError(f"{path} must define {name!r}, but it does not; check the name")
         holder = getattr(holder, name)
-    digest = short_digest(text_digest(path), name)
-    return workload_from(holder, name=reference, digest=digest)
+    return replace(workload_from(holder, name=reference, digest=digest), reference=elsewhere)
 
 
 def _check_text(path: Path, names: Sequence[str]) -> None:
