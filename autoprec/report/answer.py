@@ -92,10 +92,11 @@ def _rival_sentence(
     if rival == "bf16_o2":
         return f"{LOSES}: {_slower(plan, speedup)}"
     advice = "Keep what you run" if rival == _now(speedups) else "Train in FP32"
-    basis = _basis(plan, speedup)
     written = run.profile.model.as_written if run.profile and rival == "as_written" else None
-    # the proof is against FP32 copies of the weights
-    masters = f"; {NO_MASTERS}" if written and written.parameters else ""
+    masters = ""
+    if written and written.parameters:  # the proof is against FP32 copies of them
+        advice, masters = "No gain in time", f"; {NO_MASTERS}"
+    basis = _basis(plan, speedup)
     return f"{advice}: this plan is {_fast(speedup)} as {_named(run, rival)} ({basis}){masters}"
 
 
