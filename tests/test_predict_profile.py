@@ -181,6 +181,8 @@ def test_16_bit_parameters_as_written_have_no_masters_to_update() -> None:
     written = AsWritten(parameters=("bfloat16",))
     profile = predicted(decoder().model_copy(update={"as_written": written}))
     assert 0.8 < step(profile, "as_written") / step(profile, "bf16_o2") < 1.0
+    peaks = {each.label: each.peak_bytes for each in profile.steps}
+    assert [label for label, peak in peaks.items() if peak is None] == ["as_written"]
 
 
 def test_what_the_user_compiles_is_predicted_compiled_beside_eager_steps() -> None:

@@ -130,6 +130,7 @@ def _steps(
 ) -> tuple[StepTiming, ...]:
     """Return the uniform steps: each with its time, and the memory of its parameters' option."""
     autocast = bf16 + autocast_extra_us(model, setting)
+    steps: list[tuple[str, float, Option | None]]
     steps = [("fp32", fp32, FP32), ("bf16_o2", bf16, BF16_O2), ("autocast_bf16", autocast, FP32)]
     steps += _step_as_written(model, setting)
     has_fp8 = any(option.is_fp8 for layer in model.layers for option in layer.options)
@@ -144,29 +145,29 @@ def _steps(
         StepTiming(
             label=label,
             timing=predicted(us, setting.machine),
-            peak_bytes=peak_bytes(model, layers, option, fsdp=setting.parallel.fsdp),
+            peak_bytes=option and peak_bytes(model, layers, option, fsdp=setting.parallel.fsdp),
         )
         for label, us, option in steps
     )
 
 
-def _step_as_written(model: ModelSpec, setting: Setting) -> list[tuple[str, float, Option]]:
+def _step_as_written(model: ModelSpec, setting: Setting) -> list[tuple[str, float, Option | None]]:
     """Return the step of a user who trains in 16 bits, or compiles what is to be priced eagerly.
 
-    FP16 takes what BF16 takes. Eager training is priced compiled where the others are: what
-    torch.compile gains alone is no gain of a plan.
+    Of 16-bit parameters, whose optimizer states are no option's, no memory is told. FP16 takes what
+    BF16 takes. Eager training is priced compiled where the others are: what torch.compile gains
+    alone is no gain of a plan.
     """
     written = model.as_written
     if written is None or (written.is_fp32 and written.is_compiled <= setting.compiled):
         return []
     setting = replace(setting, compiled=setting.compiled or written.is_compiled)
     step = step_times(model, lambda _: FP32 if written.is_fp32 else BF16_O2, setting)
-    us, option = step.total, FP32
     if written.parameters:  # and so are their optimizer's states: half the bytes of FP32 masters
-        us, option = us - step.optimizer / 2, BF16_O2
-    elif written.autocast and not written.gathered:
-        us += autocast_extra_us(model, setting)
-    return [("as_written", us, option)]
+        return [("as_written", step.total - step.optimizer / 2, None)]
+    is_autocast = written.autocast and not written.gathered
+    extra = autocast_extra_us(model, setting) if is_autocast else 0.0
+    return [("as_written", step.total + extra, FP32)]
 
 
 def device_facts(profile: DeviceProfile, written: AsWritten, *, compiled: bool) -> DeviceFacts:
