@@ -84,6 +84,17 @@ def test_functions_by_name_are_a_workload_too(tmp_path: Path) -> None:
     assert [layer.name for layer in other.plan.layers] == names
 
 
+def test_what_is_said_of_a_proof_that_is_left_out_is_told_to_do_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    there = {**QUICK, "target": "h100-sxm", "meta": True}
+    autoprec.tune(Task(), out=tmp_path / "one", seeds="5", metric_tolerance=["x=1"], **there)
+    assert "leaves out the proof, and --metric-tolerance, --seeds with it" in caplog.text
+    caplog.clear()
+    autoprec.tune(Task(), out=tmp_path / "other", **there)
+    assert "leaves out" not in caplog.text
+
+
 def test_a_memory_that_no_plan_fits_is_told_before_errors_are_measured(tmp_path: Path) -> None:
     with pytest.raises(AutoprecError, match=r"in 1\.00 KiB, but the smallest needs .* KiB"):
         autoprec.tune(Task(), out=tmp_path, target="h100-sxm", memory="1KiB", **QUICK)

@@ -78,6 +78,10 @@ def _check_sensitivity(run: "Run") -> None:
 def _check_proof(run: "Run") -> None:
     """Check that the workers of the proof, if there will be one, fit into memory side by side."""
     settings, proven = run.settings, run.proxy or run
+    if settings.of_proof and not settings.verify:
+        log.warning(
+            "--no-verify leaves out the proof, and %s with it", ", ".join(settings.of_proof)
+        )
     if settings.verify and settings.has_workers and "verification" in run.stages:
         from autoprec.verification import Workers, check_room_of_branches
 

@@ -350,6 +350,16 @@ class Settings:
         return None if self.script else config_file(self.workload)
 
     @property
+    def of_proof(self) -> tuple[str, ...]:
+        """The options that were given and decide nothing but the proof."""
+        return tuple(
+            f"--{each.name.replace('_', '-')}"
+            for each in fields(self)
+            if each.metadata["setting"].commands == (VERIFICATION,)
+            and getattr(self, each.name) != each.default
+        )
+
+    @property
     def has_workers(self) -> bool:
         """Whether branches of the proof train in other processes."""
         return self.workers > 1 or self.launcher is not None
