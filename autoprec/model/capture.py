@@ -116,7 +116,7 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
     first = run_step(context, model, batches[0])
     if find_moving(workload, model, batches[0], before):
         model = workload.build_model(seed=seed).to(device)
-    layers = model_layers(model)  # only after a step: lazy modules have no parameters before it
+    layers = model_layers(model)
     again = partial(run_step, context, model, batches[0])  # seed and all: changes are the device's
     second, calls, products, saved = run_seen(again, model, batches[0], layers)
     context.progress("capture", 2, 3)
@@ -124,8 +124,7 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
     every = {name: [*own, *scanned[name]] for name, own in calls.items()}
     mix, tokens = joined_over_ranks(workload, mix, every)
     optimizer = workload.build_optimizer(model)
-    # a step for the optimizer's state, whose size is asked for, and so that its hooks see it; with
-    # the draws of the step that was seen: layers may be dropped at random
+    # for the optimizer's state and its hooks; with the draws of the step that was seen
     seed_generators(seed)
     Training(workload, model, optimizer).step([batches[0]])
     context.progress("capture", 3, 3)

@@ -76,7 +76,7 @@ def capture_on_meta(
         with _seeded_noted() as seeded:
             workload.loss_fn(model, batches[0])
         progress("capture on meta", 1, 3)
-        layers = model_layers(model)  # after a forward: lazy modules have their parameters now
+        layers = model_layers(model)
         run = partial(_run_step, workload, model, batches[0])
         has_gradients, calls, products, saved = capture.run_seen(run, model, batches[0], layers)
         progress("capture on meta", 2, 3)

@@ -47,7 +47,7 @@ class Setting:
     compiled: bool
     state_ratio: float
     allow_tf32: bool = False  # of FP32 products outside of convolutions
-    allow_tf32_conv: bool = False
+    allow_tf32_conv: bool | None = False  # None: not known, or no cuDNN
 
     def fp32_kernel(self, kind: LayerKind | None = None) -> Kernel:
         """Return what a layer's FP32 GEMMs run in, or other products in FP32."""

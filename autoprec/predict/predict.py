@@ -16,7 +16,13 @@ from autoprec.predict.layers import Setting, element_bytes, predicted, time_laye
 from autoprec.predict.linear import recipe_refusal
 from autoprec.predict.parallel import Parallel, shard_gemm, unsplit_note
 from autoprec.predict.registry import profile_digest
-from autoprec.predict.step import autocast_extra_us, first_fp8, gather_savings_us, step_times
+from autoprec.predict.step import (
+    autocast_extra_us,
+    first_fp8,
+    gather_savings_us,
+    step_times,
+    uniform_times,
+)
 from autoprec.records import Basis, LayerKind, LayerSpec, ModelSpec, Option
 from autoprec.records.cost import DeviceFacts, LayerTiming, Profile, StepTiming
 from autoprec.records.devices import DeviceProfile
@@ -53,34 +59,30 @@ def predict_profile(
     parallel = parallel or Parallel()
     if note := unsplit_note(spec.layers, parallel):
         logger.warning("%s", note)
-    machine = device_profile.machine
     considered = with_gemms_hp(options) if gemms_hp else options
     model = retarget_model(spec, device_profile, considered, parallel)
     facts = device_facts(device_profile, spec.as_written or AsWritten(), compiled=compiled)
-    setting = Setting(
-        *(machine, parallel, compiled, spec.optimizer_state_numel_ratio),
-        *(facts.allow_tf32, bool(facts.allow_tf32_conv)),
-    )
+    states, tf32 = spec.optimizer_state_numel_ratio, (facts.allow_tf32, facts.allow_tf32_conv)
+    setting = Setting(device_profile.machine, parallel, compiled, states, *tf32)
     # What FP8 gathers save of a step is a cost of the layers' other options, not of the rest.
     savings = gather_savings_us(model, fp8_option(Recipe.TENSORWISE), setting)
     layers, in_layers = time_layers(model.layers, setting, savings), sum(savings.values())
     if gemms_hp:
         model, layers = without_slow_gemms_hp(model, layers)
-    fp32 = step_times(model, lambda _: FP32, setting)
-    bf16 = step_times(model, lambda _: BF16_O2, setting)
+    fp32, bf16 = (uniform_times(model, option, setting) for option in (FP32, BF16_O2))
     return Profile(
         model=model,
         device=facts,
         basis=Basis.PREDICTED,
         layers=layers,
         steps=_steps(model, layers, setting, fp32=fp32.total, bf16=bf16.total),
-        boundary_cast_ms_per_melement=BOUNDARY_BYTES * 1e6 / machine.bytes_per_us / 1e3,
+        boundary_cast_ms_per_melement=BOUNDARY_BYTES * 1e6 / setting.machine.bytes_per_us / 1e3,
         fixed_ms=max(fp32.total - fp32.layers - in_layers, 0.0) / 1e3,
         fixed_bf16_ms=max(bf16.total - bf16.layers - in_layers, 0.0) / 1e3,
         step_equivalents=0.0,
         parallel=str(parallel),
         communication=bf16.communication(setting),
-        speedup_error=-machine.speedup_error_low,
+        speedup_error=-setting.machine.speedup_error_low,
     )
 
 
@@ -138,7 +140,7 @@ def _steps(
         steps.append(("fp8_o1", step_times(model, first_fp8, setting).total, BF16_O2))
     if has_fp8 and setting.compiled:  # beside them, how much of the gain is torch.compile's
         eager = replace(setting, compiled=False)
-        eager_bf16 = step_times(model, lambda _: BF16_O2, eager).total
+        eager_bf16 = uniform_times(model, BF16_O2, eager).total
         steps.append(("eager_bf16_o2", eager_bf16, BF16_O2))
         steps.append(("eager_fp8_o1", step_times(model, first_fp8, eager).total, BF16_O2))
     return tuple(
@@ -162,7 +164,7 @@ def _step_as_written(model: ModelSpec, setting: Setting) -> list[tuple[str, floa
     if written is None or (written.is_fp32 and written.is_compiled <= setting.compiled):
         return []
     setting = replace(setting, compiled=setting.compiled or written.is_compiled)
-    step = step_times(model, lambda _: FP32 if written.is_fp32 else BF16_O2, setting)
+    step = uniform_times(model, FP32 if written.is_fp32 else BF16_O2, setting)
     if written.parameters:  # and so are their optimizer's states: half the bytes of FP32 masters
         return [("as_written", step.total - step.optimizer / 2, None)]
     is_autocast = written.autocast and not written.gathered

@@ -101,6 +101,11 @@ def step_times(spec: ModelSpec, choice: Choice, setting: Setting) -> StepTimes:
     )
 
 
+def uniform_times(spec: ModelSpec, option: Option, setting: Setting) -> StepTimes:
+    """Return a step in which every layer has one option."""
+    return step_times(spec, lambda _: option, setting)
+
+
 def first_fp8(layer: LayerSpec) -> Option:
     """Return a layer's first FP8 option, else BF16."""
     return next((option for option in layer.options if option.is_fp8), BF16_O2)

@@ -99,16 +99,7 @@ def save_checkpoint(
         "step": step,
         "extra": dict(extra or {}),
     }
-    if any(hasattr(tensor, "to_local") for tensor in tree_leaves(content)):
-        raise RecordError(
-            "one file holds whole tensors, but this model is sharded over ranks; save it with "
-            "torch.distributed.checkpoint (get_state_dict gives it model and optimizer)"
-        )
-    if not trains(optimizer, model):
-        raise RecordError(
-            "a checkpoint must be of a model and the optimizer that trains it, but "
-            f"{type(optimizer).__name__} trains no parameter of this model; give its own"
-        )
+    _refuse_foreign(optimizer, model)
     _refuse_unreadable(content)
     if must_be_finite:
         _refuse_poisoned(path, unwrapped(model, parallel=True), content["optimizer"])
@@ -129,8 +120,22 @@ def save_content(path: Path, content: Mapping[str, Any]) -> Path:  # Any: a tree
     return replace_file(path, lambda file: torch.save(content, file), size=size)
 
 
+def _refuse_foreign(optimizer: Optimizer, model: nn.Module) -> None:
+    """Raise RecordError if the optimizer is another model's."""
+    if not trains(optimizer, model):
+        raise RecordError(
+            "a checkpoint must be of a model and the optimizer that trains it, but "
+            f"{type(optimizer).__name__} trains no parameter of this model; give its own"
+        )
+
+
 def _refuse_unreadable(content: Mapping[str, Any]) -> None:  # Any: a tree with tensors
     """Raise RecordError if a value is none that loading takes, which runs nothing."""
+    if any(hasattr(tensor, "to_local") for tensor in tree_leaves(content)):
+        raise RecordError(
+            "one file holds whole tensors, but this model is sharded over ranks; save it with "
+            "torch.distributed.checkpoint (get_state_dict gives it model and optimizer)"
+        )
     for keys, leaf in tree_leaves_with_path(content):
         if isinstance(leaf, Tensor) or type(leaf) in (str, int, float, bool, NoneType):
             continue
