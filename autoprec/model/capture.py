@@ -12,9 +12,9 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from autoprec.device.ranks import (
 from autoprec.device.tf32 import cudnn_allows_tf32, matmul_allows_tf32
 from autoprec.errors import CaptureError, WorkloadError
 from autoprec.model.context import Context
-from autoprec.model.kinds import is_linear, layer_kind, linear_refusal, matrix_sizes, weight_of
+from autoprec.model.kinds import layer_kind, linear_refusal, matrix_sizes, weight_of
 from autoprec.model.layers import (
     ModelLayers,
     master_refusal,
@@ -53,7 +53,6 @@ from autoprec.model.roles import attention_heads
 from autoprec.model.saved import Saved, saved_for_backward
 from autoprec.model.shapes import (
     SCANNED_BATCHES,
-    all_tokens,
     call_inputs,
     joined_over_ranks,
     recorded_shapes,
@@ -63,7 +62,6 @@ from autoprec.model.state import find_moving, signatures
 from autoprec.records.devices import DeviceProfile
 from autoprec.records.model import (
     AsWritten,
-    BatchMix,
     CallSpec,
     GemmShape,
     LayerKind,
@@ -116,39 +114,49 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
     first = run_step(context, model, batches[0])
     if find_moving(workload, model, batches[0], before):
         model = workload.build_model(seed=seed).to(device)
-    layers = model_layers(model)
     again = partial(run_step, context, model, batches[0])  # seed and all: changes are the device's
-    second, calls, products, saved = run_seen(again, model, batches[0], layers)
+    second, seen = observe_step(again, workload, model, batches)
     context.progress("capture", 2, 3)
-    mix, scanned = scan_shapes(layers, lambda batch: workload.loss_fn(model, batch), batches)
-    every = {name: [*own, *scanned[name]] for name, own in calls.items()}
-    mix, tokens = joined_over_ranks(workload, mix, every)
-    optimizer = workload.build_optimizer(model)
     # for the optimizer's state and its hooks; with the draws of the step that was seen
     seed_generators(seed)
-    Training(workload, model, optimizer).step([batches[0]])
+    Training(workload, model, seen.optimizer).step([batches[0]])
     context.progress("capture", 3, 3)
-    seen = ObservedStep(
-        model,
-        layers,
-        calls,
-        optimizer,
-        EVERY_RECIPE if target and device.type == "cpu" else fp8_support(device),
-        str(device),
-        saved=saved,
+    return make_spec(
+        seen,
+        workload,
+        support=EVERY_RECIPE if target and device.type == "cpu" else fp8_support(device),
+        device=str(device),
         has_randomness=first.used_randomness,
         is_deterministic=not sum_over_ranks([first.fingerprint != second.fingerprint])[0],
         loss=first.loss,
-        tokens=tokens,
-        scanned=scanned,
-        mix=mix,
-        product_flops=products.flops,
         batch_bytes=sum(p.nbytes for x in tensors_in(batches[0]) for p in plain_parts(x)),
     )
-    return make_spec(seen, workload)
 
 
-def run_seen(
+def observe_step(
+    run: Callable[[], T], workload: Workload, model: nn.Module, batches: Sequence[Batch]
+) -> tuple[T, "ObservedStep"]:
+    """Run a step of the first batch that has run before, and forward of those of other shapes.
+
+    Returns:
+        The step's result, and what was seen; its optimizer has no state yet.
+    """
+    layers = model_layers(model)
+    result, calls, products, saved = _run_seen(run, model, batches[0], layers)
+    mix, scanned = scan_shapes(layers, lambda batch: workload.loss_fn(model, batch), batches)
+    every = {name: [*own, *scanned[name]] for name, own in calls.items()}
+    mix, tokens = joined_over_ranks(workload, mix, every)
+    facts = {
+        "mix": mix,
+        "product_flops": products.flops,
+        "saved_bytes": saved and saved.total,
+        "backward_bytes": saved and saved.peak,
+    }
+    optimizer = workload.build_optimizer(model)
+    return result, ObservedStep(model, layers, calls, tokens, optimizer, facts)
+
+
+def _run_seen(
     run: Callable[[], T],
     model: nn.Module,
     batch: Batch,
@@ -171,7 +179,7 @@ def run_seen(
     except WorkloadError:  # the user's own would have come before
         if not weighs:
             raise
-    return run_seen(run, model, batch, layers, weighs=False)
+    return _run_seen(run, model, batch, layers, weighs=False)
 
 
 def said_written(workload: Workload) -> AsWritten:
@@ -232,32 +240,28 @@ def run_step(context: Context, model: nn.Module, batch: Batch) -> StepResult:
 
 @dataclass(frozen=True)
 class ObservedStep:
-    """One training step as it was seen."""
+    """One training step as it was seen, beside the shapes of other batches and ranks."""
 
     model: nn.Module
     layers: ModelLayers
     calls: Mapping[str, Sequence[Call]]  # what every layer was called with, by name
-    optimizer: torch.optim.Optimizer  # one that has made its state
-    support: Fp8Support  # the FP8 recipes that run where the model shall run
-    device: str  # where the step ran
-    has_randomness: bool  # whether the forward pass drew random numbers
-    is_deterministic: bool = False  # whether the same step again gave the same bits
-    loss: float | None = None  # None where nothing was computed
-    saved: Saved | None = None  # what autograd kept for backward
+    tokens: Mapping[str, list[int]]  # by layer every M, of all batches' and ranks' calls
+    optimizer: torch.optim.Optimizer
+    facts: Mapping[str, Any]  # Any: fields of the spec
     has_gradients: bool = True  # of this step; else made up, one for each trainable parameter
-    tokens: Mapping[str, list[int]] | None = None  # by layer every M, of all ranks' calls
-    scanned: Mapping[str, Sequence[Call]] = field(default_factory=dict)  # in other batches
-    mix: tuple[BatchMix, ...] = ()  # of these batches' shapes
-    product_flops: float = 0.0  # of the matrix products outside of layers
-    batch_bytes: int | None = None
 
 
-def make_spec(seen: ObservedStep, workload: Workload) -> ModelSpec:
-    """Return the spec of the model of a workload's step."""
+def make_spec(
+    seen: ObservedStep, workload: Workload, *, support: Fp8Support, **facts: Any
+) -> ModelSpec:
+    """Return the spec of the model of a workload's step.
+
+    `support` are the FP8 recipes that run where the model shall run, `facts` fields of the spec.
+    """
     if reason := master_refusal(seen.model):
         raise WorkloadError(reason)
     names: dict[int, str] = {}  # of parameters, where each came first
-    layers = tuple(_layer_spec(name, seen, names=names) for name in seen.calls)
+    layers = tuple(_layer_spec(name, seen, support, names=names) for name in seen.calls)
     if not any(layer.calls for layer in layers):
         raise CaptureError(
             "at least one layer must run in the training step, but none did; loss_fn(model, batch) "
@@ -271,27 +275,23 @@ def make_spec(seen: ObservedStep, workload: Workload) -> ModelSpec:
         tokens_per_step=max((layer.gemm.M for layer in layers if layer.gemm), default=0),
         optimizer=name_of(seen.optimizer),
         optimizer_state_numel_ratio=_state_ratio(seen.optimizer),
-        has_randomness=seen.has_randomness,
-        is_deterministic=seen.is_deterministic,
-        loss=seen.loss,
-        device=seen.device,
         as_written=said_written(workload),
-        mix=seen.mix,
-        batch_bytes=seen.batch_bytes,
-        product_flops=seen.product_flops,
-        saved_bytes=seen.saved and seen.saved.total,
-        backward_bytes=seen.saved and seen.saved.peak,
         moving=tuple(sorted(workload.written.moving)),
+        **seen.facts,
+        **facts,
     )
 
 
-def _layer_spec(name: str, seen: ObservedStep, *, names: dict[int, str]) -> LayerSpec:
+def _layer_spec(
+    name: str, seen: ObservedStep, support: Fp8Support, *, names: dict[int, str]
+) -> LayerSpec:
     layer, calls = seen.layers.modules[name], seen.calls[name]
     kind = layer_kind(layer)
     in_step = [call for call in calls if call.with_grad]
     trained, forward = _counted(calls)
-    tokens, gemm, obstacle = _tokens(name, seen) if in_step else [], None, ""
-    if kind is LayerKind.LINEAR and tokens:
+    is_called = bool(in_step) and kind is LayerKind.LINEAR
+    tokens, gemm, obstacle = seen.tokens.get(name, []) if is_called else [], None, ""
+    if tokens:
         K, N = computed_features(seen.model, layer)
         gemm = GemmShape(M=tokens[-1], K=K, N=N)
         obstacle = _uneven(layer, gemm)
@@ -306,9 +306,9 @@ def _layer_spec(name: str, seen: ObservedStep, *, names: dict[int, str]) -> Laye
         kind=kind,
         gemm=gemm,
         tokens=tokens,
-        fp8_options=[fp8_option(recipe) for recipe in seen.support.recipes],
+        fp8_options=[fp8_option(recipe) for recipe in support.recipes],
         obstacle=obstacle or (linear_refusal(layer) if kind is LayerKind.LINEAR else ""),
-        unavailable=seen.support.reason,
+        unavailable=support.reason,
     )
     prefix = f"{name}." if name else ""
     spec = LayerSpec(
@@ -338,14 +338,6 @@ def _uneven(layer: nn.Module, gemm: GemmShape) -> str:
     whole = shape_refusal(K, N)
     fits = not shape_refusal(gemm.K, gemm.N)
     return f"{NO_PLAIN_WEIGHT}divided into unequal parts: {whole}" if whole and fits else ""
-
-
-def _tokens(name: str, seen: ObservedStep) -> list[int]:
-    """Return every M of a linear's calls, those of other ranks and batches among them."""
-    if not is_linear(seen.layers.modules[name]):
-        return []
-    own = all_tokens([*seen.calls[name], *seen.scanned.get(name, ())])
-    return seen.tokens[name] if own and seen.tokens else own
 
 
 def _counted(calls: Sequence[Call]) -> tuple[tuple[CallSpec, ...], tuple[CallSpec, ...]]:

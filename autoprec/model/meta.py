@@ -14,6 +14,7 @@ packed?), which fails, and does not at those of fake ones.
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,9 +28,9 @@ from autoprec.device.fp8 import EVERY_RECIPE
 from autoprec.device.random_state import random_state_kept
 from autoprec.device.tracing import PLAIN_TENSORS, OperationTracer
 from autoprec.errors import CaptureError, WorkloadError
-from autoprec.model import capture, shapes
+from autoprec.model import capture
 from autoprec.model.known import KnownValues
-from autoprec.model.layers import model_layers
+from autoprec.model.shapes import SCANNED_BATCHES
 from autoprec.records import ModelSpec
 from autoprec.workload.functions import (
     Batch,
@@ -66,7 +67,7 @@ def capture_on_meta(
         WorkloadError: the user's functions break their contract.
     """
     check_batches(workload, seed=seed)
-    drawn = take_batches(workload, seed=seed, count=shapes.SCANNED_BATCHES)
+    drawn = take_batches(workload, seed=seed, count=SCANNED_BATCHES)
     progress("capture on meta", 0, 3)
     with _without_storage() as values:
         with fake_tensor.unset_fake_temporarily():  # `Module.to` cannot take fake parameters
@@ -76,32 +77,21 @@ def capture_on_meta(
         with _seeded_noted() as seeded:
             workload.loss_fn(model, batches[0])
         progress("capture on meta", 1, 3)
-        layers = model_layers(model)
         run = partial(_run_step, workload, model, batches[0])
-        has_gradients, calls, products, saved = capture.run_seen(run, model, batches[0], layers)
+        has_gradients, seen = capture.observe_step(run, workload, model, batches)
         progress("capture on meta", 2, 3)
-        mix, scanned = shapes.scan_shapes(
-            layers, lambda batch: workload.loss_fn(model, batch), batches
-        )
-        optimizer = workload.build_optimizer(model)
-    # Its count of steps is real outside: Adam reads it as a number (torch 2.11).
-    _step_optimizer(optimizer)
+    # The optimizer's count of steps is real outside: Adam reads it as a number (torch 2.11).
+    _step_optimizer(seen.optimizer)
     progress("capture on meta", 3, 3)
-    seen = capture.ObservedStep(
-        model,
-        layers,
-        calls,
-        optimizer,
-        EVERY_RECIPE,  # shapes decide
-        str(META),
+    return capture.make_spec(
+        replace(seen, has_gradients=has_gradients),
+        workload,
+        support=EVERY_RECIPE,  # shapes decide
+        device=str(META),
         has_randomness=any(seeded),
-        saved=saved,
-        has_gradients=has_gradients,
-        scanned=scanned,
-        mix=mix,
-        product_flops=products.flops,
+        is_deterministic=False,  # not known, as the loss
+        loss=None,
     )
-    return capture.make_spec(seen, workload)
 
 
 def _moved_to_meta(model: nn.Module) -> nn.Module:

@@ -100,7 +100,9 @@ def scan_shapes(
 def joined_over_ranks(
     workload: Workload, mix: Sequence[BatchMix], calls: Mapping[str, Sequence[Call]]
 ) -> tuple[tuple[BatchMix, ...], dict[str, list[int]]]:
-    """Return the mix of all ranks' own batches, and by layer every M of a call on any rank.
+    """Return the mix of all ranks' own batches, and every M of a call on any rank.
+
+    That is by layer, of those that are called here.
 
     Raises:
         CaptureError: a rank calls none of the layers that rank 0 calls.
@@ -118,7 +120,7 @@ def joined_over_ranks(
     total: Counter[int] = Counter()
     for each in chain.from_iterable({part: own for part, own, _ in every}.values()):
         total[each.tokens] += each.batches
-    joined = {name: sorted({m for *_, of in every for m in of[name]}) for name in tokens}
+    joined = {n: sorted({m for *_, of in every for m in of[n]}) for n, own in tokens.items() if own}
     return tuple(BatchMix(tokens=m, batches=count) for m, count in total.items()), joined
 
 
