@@ -13,27 +13,36 @@ from autoprec.workload.optimizers import storages
 
 @dataclass
 class Saved:
-    """The bytes of each storage that autograd keeps, in order, and whether it has a gradient."""
+    """The bytes of each storage that autograd keeps, in order, and whether it has a gradient.
 
-    sizes: dict[int, tuple[int, bool]] = field(default_factory=dict)
+    Between them are those of the tensor alone: a storage of many tensors is larger than it, and one
+    of an expanded tensor smaller; then they are the storage's.
+    """
+
+    sizes: dict[int, tuple[int, int, bool]] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
         """All bytes."""
-        return sum(size for size, _ in self.sizes.values())
+        return sum(size for size, _, _ in self.sizes.values())
+
+    @property
+    def own(self) -> int:
+        """The bytes of the tensors alone."""
+        return sum(size for _, size, _ in self.sizes.values())
 
     @property
     def peak(self) -> int:
         """Bytes in backward: what was kept up to a tensor, and two gradients of its size."""
         kept = peak = 0
-        for size, has_gradient in self.sizes.values():
+        for size, _, has_gradient in self.sizes.values():
             kept += size
             peak = max(peak, kept + 2 * size * has_gradient)
         return peak
 
 
 @contextmanager
-def saved_for_backward(model: nn.Module, batch: Batch) -> Iterator[Saved]:
+def saved_for_backward(model: nn.Module, batch: Batch = ()) -> Iterator[Saved]:
     """Collect what autograd keeps inside, parameters left out.
 
     A part of the model that is recomputed in backward keeps nothing: its own hooks are the inner
@@ -51,7 +60,9 @@ def saved_for_backward(model: nn.Module, batch: Batch) -> Iterator[Saved]:
             key = storage._cdata
             if key not in own:
                 has_gradient = key not in data and tensor.is_floating_point()
-                saved.sizes[key] = storage.nbytes(), has_gradient
+                size = storage.nbytes()
+                alone = min(size, tensor.numel() * tensor.itemsize)
+                saved.sizes[key] = size, alone, has_gradient
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -12,8 +12,7 @@ is FP8 where its units multiply it, and a microsecond that launching the small l
 would be minutes at the size of a real one: there nothing is predicted.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,6 +27,7 @@ from autoprec.device.timing import Clock, Function
 from autoprec.device.tracing import Operation, traced
 from autoprec.errors import PlanMismatchError
 from autoprec.model.recording import Call, output_tensors
+from autoprec.model.saved import saved_for_backward
 from autoprec.profiler.compiling import Compilation
 from autoprec.profiler.surrounded import Surrounded
 from autoprec.records import FP32, Option
@@ -91,23 +91,6 @@ class Candidate:
             self.differentiate(made, [*self.inputs, *self.parameters])
         return trace.operations
 
-    @contextmanager
-    def weighing(self) -> Iterator[dict[int, int]]:
-        """Fill a dict, by storage, with the bytes kept for backward, parameters left out."""
-        own = {p.untyped_storage().data_ptr() for p in self.layer.parameters()}
-        saved: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            # A view saves its storage, but an expanded one is far smaller than its elements, and a
-            # slice of a large buffer far smaller than the buffer: the lesser of the two is its own.
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                saved[storage.data_ptr()] = min(storage.nbytes(), tensor.numel() * tensor.itemsize)
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield saved
-
 
 @dataclass
 class Attempt:
@@ -164,12 +147,12 @@ def try_option(
 def _try_here(option: Option, calls: Sequence[Call], make_layer: MakeLayer) -> Attempt:
     try:
         candidate = make_candidate(make_layer, calls, option)
-        with candidate.weighing() as saved:
+        with saved_for_backward(candidate.layer) as saved:
             operations = candidate.trace_step()
     except FEASIBILITY_ERRORS as error:
         return Attempt(option, infeasible=first_line(error))
     kernels = tuple(dict.fromkeys(f"{op.name} {op.dtype}".strip() for op in operations))
-    return Attempt(option, candidate, kernels=kernels, activation_bytes=sum(saved.values()))
+    return Attempt(option, candidate, kernels=kernels, activation_bytes=saved.own)
 
 
 def _compile(candidate: Candidate, compilation: Compilation) -> str:
