@@ -102,6 +102,21 @@ def test_what_a_layer_does_that_raises_leaves_the_count_on() -> None:
     assert products.flops == pytest.approx(7 * BMM)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_attention_of_jagged_tensors_is_counted_within_sequences() -> None:
+    lengths, rows = (3, 9), torch.randn(12, H * D)
+
+    class Jagged(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            ragged = torch.nested.nested_tensor_from_jagged(x, torch.tensor([0, 3, 12]))
+            heads = ragged.view(2, -1, H, D).transpose(1, 2)
+            return self.attend(heads, heads, heads).values()
+
+    with torch.no_grad(), products_outside({}) as products:
+        Jagged("full")(rows)
+    assert products.flops == 2 * 2 * H * D * sum(n * n for n in lengths)
+
+
 def test_operators_of_functions_run() -> None:
     x = torch.randn(3, 3)
     with products_outside({}) as products:

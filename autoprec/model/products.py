@@ -105,8 +105,19 @@ def _attention_flops(
     query, key, value = map(local_part, (query, key, value))
     scores = (query.shape[-2], key.shape[-2])
     is_causal |= isinstance(attn_mask, FakeTensor) and attn_mask.shape[-2:] == scores
-    flops = 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+    flops = 2 * _pairs(query, key) * (query.shape[-1] + value.shape[-1])
     return flops / (2 if is_causal else 1)
+
+
+def _pairs(query: Tensor, key: Tensor) -> float:
+    """Return how many products of a query and a key there are: of jagged ones, within sequences."""
+    if not query.is_nested:
+        return query.shape[:-1].numel() * key.shape[-2]
+    of_query, of_key = (
+        (t.offsets().diff() if t.lengths() is None else t.lengths()).double()  # type: ignore[attr-defined]  # torch's jagged
+        for t in (query, key)
+    )
+    return query.shape[1] * float(of_query @ of_key)
 
 
 def _storage(tensor: Tensor) -> int:
