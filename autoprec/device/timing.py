@@ -125,6 +125,29 @@ class CpuClock(Clock):
         return (time.perf_counter() - started) * 1e3
 
 
+@dataclass(frozen=True)
+class SlowestClock:
+    """A clock that gives every rank the same: the most ms that one took; all learn one lead.
+
+    Ranks stop sampling, reject and repeat by what they measured, and whole steps hold collectives:
+    with times of their own they would wait for each other for ever.
+    """
+
+    own: Clock
+
+    def measure(self, fn: Function) -> float:
+        """Run `fn` once on every rank and return the ms of the slowest."""
+        return largest_over_ranks([self.own.measure(fn)])[0]
+
+    def sample(self, fn: Function, *, lead_ms: float, meanwhile: Function) -> Sample:
+        """Run `fn` once on every rank; disturbed, or late, where any rank was."""
+        own = self.own.sample(fn, lead_ms=lead_ms, meanwhile=meanwhile)
+        seen = [own.ms, own.host_ms or 0.0, not own.is_ahead, own.is_disturbed]
+        ms, host_ms, late, disturbed = largest_over_ranks(seen)
+        known = None if own.host_ms is None else host_ms
+        return Sample(ms, known, is_ahead=not late, is_disturbed=disturbed > 0)
+
+
 def make_clock(device: torch.device) -> Clock:
     """Return the clock that times work on `device`."""
     return CudaClock(device) if device.type == "cuda" else CpuClock()

@@ -6,9 +6,8 @@ from functools import cached_property
 import torch
 
 from autoprec.common.progress import Progress, report_nothing
-from autoprec.device.rank_clock import SlowestClock
 from autoprec.device.ranks import world_size
-from autoprec.device.timing import Clock, make_clock
+from autoprec.device.timing import Clock, SlowestClock, make_clock
 from autoprec.workload.functions import Workload
 
 

@@ -28,7 +28,6 @@ import torch
 from autoprec.common.text import first_line
 from autoprec.device.local import release_memory
 from autoprec.device.memory import is_out_of_memory
-from autoprec.device.rank_clock import SlowestClock
 from autoprec.device.ranks import check_all_failed, from_first_rank, gathered, largest_over_ranks
 from autoprec.device.timing import (
     UNWATCHED,
@@ -36,6 +35,7 @@ from autoprec.device.timing import (
     Function,
     Monitor,
     Samples,
+    SlowestClock,
     Stopping,
     sample_interleaved,
     timing_from,
