@@ -4,7 +4,7 @@ measure         the stage: warmed-up reference -> Sensitivity
 
     what it is measured against
 reference       warmed-up weights, batches and reference gradients
-warm_up         a training to where it is measured; kept_reference has it in a file
+warm_up         a training to where it is measured, or what a file has of one
 preconditioner  how the optimizer weighs a gradient: read from its state (moments), or from its
                 steps (response); hooks says what a gradient's own hooks leave of an error
 real            complex parameters as real numbers

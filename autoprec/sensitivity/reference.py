@@ -42,12 +42,18 @@ from autoprec.records.sensitivity import Estimate, StepError
 from autoprec.runtime import install_options
 from autoprec.runtime.checkpoint import Checkpoint, read_checkpoint
 from autoprec.sensitivity.gemm import casts_in_parts, fast_gemms
-from autoprec.sensitivity.kept_reference import digest_of
 from autoprec.sensitivity.parked import InTurn
 from autoprec.sensitivity.preconditioner import Preconditioner, read_preconditioner
 from autoprec.sensitivity.real import real_view
 from autoprec.sensitivity.room import plan_groups
-from autoprec.sensitivity.warm_up import OnWarm, WarmUp, read_or_trained, restore, train_steps
+from autoprec.sensitivity.warm_up import (
+    OnWarm,
+    WarmUp,
+    digest_of,
+    read_or_trained,
+    restore,
+    train_steps,
+)
 from autoprec.workload.functions import Batch, NoGradientError, check_loss, move_batch
 from autoprec.workload.training import Training
 

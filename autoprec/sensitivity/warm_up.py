@@ -1,5 +1,6 @@
 """A training to where it is measured: restored, warmed up, or read from a file."""
 
+import hashlib
 import logging
 import statistics
 import time
@@ -8,15 +9,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from autoprec.device.random_state import seeded
 from autoprec.device.ranks import world_size
+from autoprec.errors import RecordError
 from autoprec.model.context import Context
-from autoprec.model.state import put_back_state, unpacked_state
+from autoprec.model.state import packed_state, put_back_state, unpacked_state
 from autoprec.records.sensitivity import StepError
-from autoprec.runtime.checkpoint import Checkpoint, load_state
+from autoprec.runtime.checkpoint import Checkpoint, load_state, on_cpu, save_content
 from autoprec.runtime.sharded_state import load_shards, load_whole
-from autoprec.sensitivity.kept_reference import keep_reference, one_at_a_time
 from autoprec.workload.functions import Batch, check_loss, move_batch
 from autoprec.workload.training import Training, start_training, step_batches
 
@@ -45,18 +52,64 @@ def read_or_trained(
     *,
     steps: int,
 ) -> WarmUp:
-    """Return the reference that a file keeps; where it keeps none, one that is trained for it."""
-    with one_at_a_time(kept) if kept else nullcontext() as known:
-        if known is not None:
-            training = restore(context, known.checkpoint, warmup_steps=steps)
-            known.put_gradients(training)
-            return WarmUp(training, stream_after(context, steps), known.curve, known.step_s)
+    """Return the reference that a file keeps; where it keeps none, one that is trained for it.
+
+    So several processes measure against the same bits: one trains, the others wait for it.
+    """
+    with FileLock(f"{kept}.lock") if kept else nullcontext():
+        if kept is not None and kept.exists():
+            return _read(kept, context, steps=steps)
         made = train(steps=steps)
         if kept is not None:
-            keep_reference(kept, made.training, curve=made.curve, step_s=made.step_s)
+            _keep(kept, made)
         if on_warm is not None:
             on_warm(made.training, made.curve)
         return made
+
+
+def _keep(path: Path, made: WarmUp) -> None:
+    """Write a reference to a file, with its last step's gradients: P is read at them."""
+    training = made.training
+    named = training.model.named_parameters()
+    content = {
+        "model": training.model.state_dict(),
+        "optimizer": training.optimizer.state_dict(),
+        "moving": packed_state(training.model),
+        "curve": made.curve,
+        "step_s": made.step_s,
+        "gradients": {name: p.grad for name, p in named if p.grad is not None},
+        "norm": training.norm,
+    }
+    save_content(path, on_cpu(content))
+
+
+def _read(path: Path, context: Context, *, steps: int) -> WarmUp:
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        states = Checkpoint(**{name: content[name] for name in ("model", "optimizer", "moving")})
+        gradients, norm = content["gradients"], content["norm"]
+        curve, step_s = content["curve"], content["step_s"]
+    except (KeyError, TypeError) as error:
+        raise RecordError(
+            f"{path} must be a reference that a search has kept, but it is not; remove it"
+        ) from error
+    training = restore(context, states, warmup_steps=steps)
+    for name, parameter in training.model.named_parameters():
+        if name in gradients:
+            parameter.grad = gradients[name].to(parameter.device)
+    training.norm = norm
+    return WarmUp(training, stream_after(context, steps), curve, step_s)
+
+
+def digest_of(model: nn.Module, batches: list[Any]) -> str:  # Any: the user's batches
+    """Return 16 hex digits of a model's weights and buffers, and of the tensors in batches."""
+    found = hashlib.sha256()
+    for leaf in tree_leaves([dict(model.state_dict()), batches]):
+        if isinstance(leaf, Tensor):
+            found.update(
+                leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            )
+    return found.hexdigest()[:16]
 
 
 def stream_after(context: Context, steps: int) -> Iterator[Batch]:
