@@ -446,6 +446,88 @@ def test_what_is_faster_without_masters_is_not_said_to_learn_as_well() -> None:
         assert headline.endswith("without FP32 masters cost in loss is not measured") is is_said
 
 
+def held_in_bf16(run: RunRecords, *, speedup: float, **proof: object) -> RunRecords:
+    """Return a run of a file that holds its parameters in BF16, with other facts of its proof."""
+    assert run.verification
+    assert run.profile
+    plan_ms = next(each.timing.median_ms for each in run.verification.steps if each.label == "plan")
+    steps = (
+        *(each for each in run.verification.steps if each.label != "fp32"),
+        step_of("as_written", speedup * plan_ms, H100, samples=12),
+    )
+    written = AsWritten(parameters=("bfloat16",))
+    model = run.profile.model.model_copy(update={"as_written": written})
+    return replace(
+        run,
+        profile=run.profile.model_copy(update={"model": model}),
+        verification=run.verification.model_copy(update={"steps": steps, **proof}),
+    )
+
+
+ABOVE = LossGap(mean=0.013, low=0.009, high=0.017, confidence=0.95, seeds=3)
+WITHIN = LossGap(mean=0.0002, low=-0.0001, high=0.0006, confidence=0.95, seeds=3)
+
+
+@pytest.mark.parametrize(
+    ("gap", "speedup", "exponent", "verdict", "is_taken"),
+    [
+        (ABOVE, 0.97, 0.1, Verdict.VERIFIED, True),
+        (ABOVE, 0.6, 0.1, Verdict.VERIFIED, False),  # in equal time the plan is behind
+        (ABOVE, 0.97, None, Verdict.VERIFIED, False),  # nobody knows what time is worth
+        (ABOVE, 0.97, 0.1, Verdict.INCONCLUSIVE, False),
+        (WITHIN, 0.97, 0.1, Verdict.VERIFIED, False),
+    ],
+)
+def test_a_plan_that_gains_no_time_is_worth_the_loss_that_16_bits_without_masters_cost(
+    gap: LossGap, speedup: float, exponent: float | None, verdict: Verdict, is_taken: bool
+) -> None:
+    facts = {"written_gap": gap, "loss_exponent": exponent, "verdict": verdict}
+    found = summarise_run(held_in_bf16(make_run(), speedup=speedup, **facts))
+    headline, ends = found.answer.headline, formats.gap_ends(gap)
+    lead = "For its loss, train with FP8 in 8 of" if is_taken else "No gain in time: this plan is"
+    assert headline.startswith(lead)
+    assert f"as fast as now (bfloat16 parameters){'' if is_taken else ' (measured)'}" in headline
+    said = f"trained as now, the loss gap to FP32 is {ends}, with the plan +0.021 %"
+    if is_taken:
+        assert "; its loss gap is +0.021 %, as now +1.3 % (verified over 75 steps)" in headline
+    assert (f"; {said}" in headline) is not is_taken
+    assert (("now", said, "") in answer_facts(found)) is is_taken
+    assert headline.endswith("(verified over 75 steps)") is is_taken
+    may_be_behind = headline.endswith("; in equal time it may be behind")
+    assert may_be_behind is (gap is ABOVE and not is_taken)
+    assert any("apply" in line.text for line in next_lines(found, "out")) is is_taken
+    assert ends in render_html(found.run)
+
+
+def test_what_16_bits_without_masters_cost_is_told_beside_a_plan_that_is_faster() -> None:
+    found = summarise_run(held_in_bf16(make_run(), speedup=1.5, written_gap=ABOVE))
+    assert found.answer.headline.startswith(
+        "Train with FP8 in 8 of 15 layers, 1.50x as fast as now"
+    )
+    said = (
+        "trained as now, the loss gap to FP32 is +1.3 % (+0.90 % to +1.7 %), with the plan +0.021 %"
+    )
+    assert ("now", said, "") in answer_facts(found)
+    assert summary_object(found.run, "out")["as_written_gap"]["mean"] == ABOVE.mean
+    # but not where it is a proxy's alone
+    assert found.run.profile
+    model = found.run.profile.model.model_copy(update={"as_written": AsWritten()})
+    other = replace(found.run, profile=found.run.profile.model_copy(update={"model": model}))
+    assert "now" not in [key for key, _, _ in answer_facts(summarise_run(other))]
+
+
+def test_a_plan_is_worth_more_than_a_training_that_diverges() -> None:
+    run = make_run()
+    assert run.verification
+    first = run.verification.branches[0]
+    own = first.model_copy(update={"label": "as_written", "eval_loss": None, "diverged_at": 3})
+    branches = (*run.verification.branches, own)
+    found = summarise_run(held_in_bf16(run, speedup=0.6, branches=branches))
+    assert found.answer.headline.startswith("For its loss, train with FP8 in 8 of 15 layers, 0.60x")
+    assert "; its loss gap is +0.021 %, as now it diverges (verified" in found.answer.headline
+    assert ("now", "trained as now, it diverged at step 3 of 25", "") in answer_facts(found)
+
+
 @pytest.mark.parametrize(
     ("ratios", "said"),
     [

@@ -70,6 +70,11 @@ def test_workers_give_the_numbers_of_one_process(tmp_path: Path) -> None:
         TINY.read_text()
         + "def evaluate(model):\n"
         + "    return sum(p.abs().sum() for p in model.parameters()) + torch.rand(())\n"
+        + "fp32_model, fp32_loss = build_model, loss_fn\n"
+        + "def build_model():\n"
+        + "    return fp32_model().bfloat16()\n"
+        + "def loss_fn(model, batch):\n"
+        + "    return fp32_loss(model, [x.to(model[0].weight.dtype) for x in batch])\n"
     )
     alone = verified(tmp_path / "alone", model=model)
     together = verified(tmp_path / "together", Workers(2), model=model)
@@ -77,6 +82,7 @@ def test_workers_give_the_numbers_of_one_process(tmp_path: Path) -> None:
     assert together.metrics == alone.metrics
     assert [metric.name for metric in alone.metrics] == ["metric"]
     assert together.own_gap == alone.own_gap is not None
+    assert together.written_gap == alone.written_gap is not None
     files = {path.name for path in (tmp_path / "alone").iterdir()}
     assert {path.name for path in (tmp_path / "together").iterdir()} == files
 

@@ -197,7 +197,8 @@ def said_written(workload: Workload) -> AsWritten:
     if found.parameters:
         log.warning(
             "the model is held in %s: numerics are measured with FP32 copies of its weights, which "
-            "a plan's masters start from too, and only the step as written keeps them as they are",
+            "a plan's masters start from too; the step as written keeps them as they are, and the "
+            "branch of the proof that trains so",
             " and ".join(found.parameters),
         )
     if found.autocast:

@@ -92,9 +92,11 @@ class ExpectedGap(Record):
 class Branch(Record):
     """One branch of one seed: a candidate trained from the common checkpoint and evaluated in FP32.
 
-    `label` is `reference`, `bf16_o2` (the control) or `plan`. `diverged_at` is the branch step at
-    which the loss became NaN or infinite (None: it did not); `eval_loss` is then None. `not_finite`
-    are the layers at fault where gradients were not finite in the first step, in forward order.
+    `label` is `reference`, `bf16_o2` (the control), `plan`, or `as_written` (with the user's own
+    16-bit parameters, without masters). `diverged_at` is the branch step at which the loss became
+    NaN or infinite (None: it did not); `eval_loss` is then None, as where the user's own training
+    ended in an error. `not_finite` are the layers at fault where gradients were not finite in the
+    first step, in forward order.
     `metrics` are the user's, `own_loss` is the evaluation loss through the plan's own forward.
     """
 
@@ -186,7 +188,8 @@ class Verification(FileRecord):
     where nobody said how long it is. `metrics` are the user's, and `verdict` the worst of theirs
     and the loss's. `horizons` are the plan's gaps over other lengths too, and `growth` the exponent
     of the steps with which they grow. `own_gap` is the loss gap where the plan's branches are
-    evaluated through the plan's own forward.
+    evaluated through the plan's own forward. `written_gap` is that of the user's own training,
+    where its parameters are in 16 bits without FP32 masters.
     """
 
     KIND = "verification"
@@ -218,3 +221,4 @@ class Verification(FileRecord):
     own_gap: LossGap | None = None
     horizons: tuple[HorizonGap, ...] = ()
     growth: Estimate | None = None
+    written_gap: LossGap | None = None

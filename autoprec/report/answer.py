@@ -4,11 +4,12 @@ Whole steps decide whether FP8 pays where the plan's and BF16 O2's are known, an
 search's model only where not: what is said of the layers can then not contradict the steps.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from autoprec.records import BF16_O2, FP32, Basis, Plan, Verdict
+from autoprec.records import BF16_O2, FP32, Basis, Branch, Plan, Verdict, Verification
 from autoprec.report import formats
 from autoprec.report.formats import clean_text
 from autoprec.report.promise import Promise
@@ -51,7 +52,7 @@ class Answer:
         plan = run.plan
         if plan is None:
             return cls(Advice.TUNE, "No plan yet: what is shown was measured so far")
-        fp8, rival = _fp8_sentence(plan, speedups.get("bf16_o2")), _rival(plan, speedups)
+        fp8, rival = _fp8_sentence(plan, speedups.get("bf16_o2")), _rival(run, plan, speedups)
         if rival or promise.verdict is Verdict.REFUTED:  # of what is slow or harmful nothing pays
             fp8 = "" if fp8.startswith(PAYS) else fp8
         if promise.verdict is Verdict.REFUTED:
@@ -73,14 +74,15 @@ def _fp32_sentence(plan: Plan) -> str:
     return f"Train in FP32 until BF16 is timed: no time is known for {share} of the weights"
 
 
-def _rival(plan: Plan, speedups: Mapping[str, Speedup]) -> str:
+def _rival(run: RunRecords, plan: Plan, speedups: Mapping[str, Speedup]) -> str:
     """Return the fastest step that the plan is no faster than, of those to run in its place.
 
-    Those are what is run now, FP32, and BF16 O2 in the place of FP8; "" where the plan beats them.
+    Those are what is run now, unless the plan is ahead of it in loss, FP32, and BF16 O2 in the
+    place of FP8; "" where the plan beats them.
     """
     labels = ["bf16_o2"] if _has_fp8(plan) else []
     if plan.constraint.memory_bytes is None:  # else the others may not fit
-        labels += [_now(speedups), "fp32"]
+        labels += ["fp32"] if _is_ahead_of_now(run, speedups) else [_now(speedups), "fp32"]
     faster = [x for x in labels if x in speedups and not speedups[x].is_faster]
     return min(faster, key=lambda label: speedups[label].value, default="")
 
@@ -95,9 +97,60 @@ def _rival_sentence(
     written = run.profile.model.as_written if run.profile and rival == "as_written" else None
     masters = ""
     if written and written.parameters:  # the proof is against FP32 copies of them
-        advice, masters = "No gain in time", f"; {NO_MASTERS}"
+        advice, masters = "No gain in time", f"; {written_loss(run) or NO_MASTERS}"
+        masters += "; in equal time it may be behind" if _now_ends_above(run) else ""
     basis = _basis(plan, speedup)
     return f"{advice}: this plan is {_fast(speedup)} as {_named(run, rival)} ({basis}){masters}"
+
+
+def written_loss(run: RunRecords) -> str:
+    """Return what the user's own 16-bit parameters without masters end at; "" if not measured."""
+    proof, profile = run.verification, run.profile
+    written = profile.model.as_written if profile else None
+    if proof is None or (written and not written.parameters):  # a proxy's own
+        return ""
+    where = f"trained as now{' on the proxy' if proof.proxy else ''},"
+    if (branch := _diverged_now(proof)) is not None:
+        return f"{where} it diverged at step {branch.diverged_at} of {proof.branch_steps}"
+    if proof.written_gap is None or proof.gap is None:
+        return ""
+    gap, own = formats.gap_ends(proof.written_gap), formats.share(proof.gap.mean, sign=True)
+    return f"{where} the loss gap to FP32 is {gap}, with the plan {own}"
+
+
+def _beside_now(promise: Promise) -> str:
+    """Return the loss of a plan that is ahead of the user's own training, beside that, in short."""
+    own, now = promise.gap, promise.written_gap
+    said = "it diverges" if now is None else formats.share(now.mean, sign=True)
+    gap = formats.share(own.mean, sign=True) if own else formats.UNKNOWN
+    return f"; its loss gap is {gap}, as now {said} ({promise.badge})"
+
+
+def _now_ends_above(run: RunRecords) -> bool:
+    proof = run.verification
+    gap = proof.written_gap if proof and written_loss(run) else None
+    return bool(proof and gap and gap.low > proof.loss_tolerance)
+
+
+def _diverged_now(proof: Verification) -> Branch | None:
+    own = (each for each in proof.branches if each.label == "as_written")
+    return next((branch for branch in own if branch.diverged_at is not None), None)
+
+
+def _is_ahead_of_now(run: RunRecords, speedups: Mapping[str, Speedup]) -> bool:
+    """Whether a verified plan ends at a lower loss than the user's own training, in equal time too.
+
+    With a loss that falls as steps^-r, a step that takes 1/s as long is worth r log(s) of it.
+    """
+    proof, now = run.verification, speedups.get("as_written")
+    if not written_loss(run) or proof is None or proof.verdict is not Verdict.VERIFIED or not now:
+        return False
+    gap, own, r = proof.written_gap, proof.gap, proof.loss_exponent
+    if not _now_ends_above(run) or gap is None or own is None or r is None:
+        return _diverged_now(proof) is not None
+    slowest = now.value if now.low is None else now.low
+    above = 2.0 * own.mean - own.low  # as far as below: jumps that no seed showed may be in both
+    return gap.low - above > -r * math.log(min(slowest, 1.0))
 
 
 def predicted_without(plan: Plan, basis: Basis, *, least: float = 0.0) -> str:
@@ -128,9 +181,13 @@ def _plan_sentence(
     if plan_note(plan, "does not fit in memory"):  # a proxy may have verified it
         is_open = lead.endswith(":")
         lead = f"{lead[:-1]}, and {TOO_LARGE.lower()}:" if is_open else f"{TOO_LARGE}:"
-    now = _now(speedups)
+    now, loss = _now(speedups), ""
     if now in speedups and not speedups[now].is_gain:
-        lead = f"No certain gain over {_named(run, now)}:"
+        if _is_ahead_of_now(run, speedups):
+            loss = _beside_now(promise)
+            lead = "For its loss, train with" if lead == LEADS[Verdict.VERIFIED] else lead
+        else:
+            lead = f"No certain gain over {_named(run, now)}:"
     gains = [label for label in (now, "bf16_o2") if label in speedups]
     gains = [label for label in gains if not (is_bf16 and label == "bf16_o2")]
     said = [f"{lead} {what}", *(f"{_fast(speedups[x])} as {_named(run, x)}" for x in gains)]
@@ -139,7 +196,7 @@ def _plan_sentence(
         for x in gains
     }
     proof = "" if lead.startswith(LEADS[Verdict.NOT_RUN][:-1]) else f"; {promise.headline}"
-    return f"{', '.join(said)}{max(basis, default='')}{proof}"
+    return f"{', '.join(said)}{max(basis, default='')}{loss or proof}"
 
 
 def _fp8_sentence(plan: Plan, bf16: Speedup | None) -> str:

@@ -136,7 +136,8 @@ def proof_figure(found: Summary) -> Markup:
     proof, promise = found.run.verification, found.promise
     if promise.gap is None or promise.loss_tolerance is None:
         return Markup("")
-    gaps = {"plan": promise.gap} | ({"bf16_o2": c} if proof and (c := proof.control_gap) else {})
+    others = {"bf16_o2": proof.control_gap, "as_written": proof.written_gap} if proof else {}
+    gaps = {"plan": promise.gap} | {label: gap for label, gap in others.items() if gap}
     seeds = {label: loss_gaps(proof.branches, label) if proof else {} for label in gaps}
     tolerance = promise.loss_tolerance
     ends = [0.0, tolerance, *(gap for by_seed in seeds.values() for gap in by_seed.values())]
@@ -149,7 +150,8 @@ def proof_figure(found: Summary) -> Markup:
         svg.line(x(0.0), 16.0, x(0.0), bottom, kind="zero"),
         svg.marker(at, 16.0, bottom, words, kind="limit", anchor=anchor),
     ]
-    titles = {"bf16_o2": "BF16 O2, for scale", "plan": "this plan"}
+    titles = {label: formats.step_title(label) for label in gaps}
+    titles |= {"bf16_o2": "BF16 O2, for scale"}
     # each has its name, its interval and the seeds of it below each other
     for place, (label, gap) in enumerate(gaps.items()):
         kind, tip, y = f"b-{label}", f"{titles[label]}: {formats.gap(gap)}", 44.0 * place

@@ -43,6 +43,7 @@ class Promise:
     expected: ExpectedGap | None = None
     metrics: tuple[MetricGap, ...] = ()
     own_gap: LossGap | None = None
+    written_gap: LossGap | None = None
     horizons: tuple[HorizonGap, ...] = ()
     growth: Estimate | None = None
     has_gap: bool = False  # whether a plan is there that differs from FP32

@@ -200,6 +200,7 @@ def summary_object(run: RunRecords, out: Path | str) -> dict[str, Any]:  # Any: 
         "expected_gap": promise.expected.model_dump(mode="json") if promise.expected else None,
         "promise": promise.words,
         "metrics": [metric.model_dump(mode="json") for metric in promise.metrics],
+        "as_written_gap": promise.written_gap.model_dump() if promise.written_gap else None,
         "own_forward_gap": promise.own_gap.model_dump() if promise.own_gap else None,
         "proxy": promise.proxy.model_dump() if promise.proxy else None,
         "against_bf16_o2": found.bf16_sentence,

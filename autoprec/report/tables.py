@@ -7,6 +7,7 @@ from autoprec.records.model import BF16_O2
 from autoprec.records.sensitivity import JointMeasurement, Sensitivity, between_layers
 from autoprec.records.verification import Verification, loss_gaps
 from autoprec.report import formats
+from autoprec.report.answer import written_loss
 from autoprec.report.formats import UNKNOWN, count_of
 from autoprec.report.step_times import spread_title
 from autoprec.report.summary import Summary
@@ -51,6 +52,8 @@ def loss_sentences(found: Summary) -> Iterator[str]:
         spread = proof.seed_spread
         beside = f"; seeds differ by {formats.share(spread)}" if spread is not None else ""
         yield f"for scale: BF16 O2's own gap is {formats.gap(proof.control_gap)}{beside}"
+    if said := written_loss(found.run):
+        yield said
     if found.bf16_sentence:
         yield found.bf16_sentence
 
@@ -61,7 +64,8 @@ def branch_table(verification: Verification) -> Table:
     rows = []
     for branch in verification.branches:
         loss, gap = branch.eval_loss, gaps[branch.label].get(branch.seed)
-        shown = f"{loss:.5f}" if loss is not None else f"diverged at {branch.diverged_at}"
+        failed = "failed" if branch.diverged_at is None else f"diverged at {branch.diverged_at}"
+        shown = failed if loss is None else f"{loss:.5f}"
         rows.append((str(branch.seed), branch.label, shown, formats.share(gap, sign=True)))
     return Table(("seed", "branch", "loss", "gap"), rows, numbers=(0, 2, 3))
 

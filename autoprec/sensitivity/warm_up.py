@@ -20,7 +20,7 @@ from autoprec.device.random_state import seeded
 from autoprec.device.ranks import world_size
 from autoprec.errors import RecordError
 from autoprec.model.context import Context
-from autoprec.model.state import packed_state, put_back_state, unpacked_state
+from autoprec.model.state import packed_state, put_back_dtypes, put_back_state, unpacked_state
 from autoprec.records.sensitivity import StepError
 from autoprec.runtime.checkpoint import Checkpoint, load_state, on_cpu, save_content
 from autoprec.runtime.sharded_state import load_shards, load_whole
@@ -119,20 +119,29 @@ def stream_after(context: Context, steps: int) -> Iterator[Batch]:
     return stream
 
 
-def restore(context: Context, checkpoint: Checkpoint | None, *, warmup_steps: int = 0) -> Training:
+def restore(
+    context: Context,
+    checkpoint: Checkpoint | None,
+    *,
+    warmup_steps: int = 0,
+    in_fp32: bool = True,
+) -> Training:
     """Build the user's model, optimizer and schedule, and load the checkpoint into them.
 
-    `warmup_steps` is how many steps the caller then trains to get to where it measures.
+    `warmup_steps` is how many steps the caller then trains to get to where it measures. Not
+    `in_fp32`, parameters and the optimizer's states of them are in the user's dtypes.
 
     Raises:
         RecordError: the checkpoint is of another model or optimizer.
     """
     is_split = world_size() > 1
-    model = context.workload.build_model(seed=context.seed).to(context.device)
+    model = context.workload.build_model(seed=context.seed, in_fp32=in_fp32).to(context.device)
     if checkpoint is not None and not is_split:
         load_state(model, checkpoint.model, what="model")
         if checkpoint.moving:
+            own = {} if in_fp32 else {name: b.dtype for name, b in model.named_buffers()}
             put_back_state(model, move_batch(unpacked_state(checkpoint.moving), context.device))
+            put_back_dtypes(model, own)
     training = start_training(context.workload, model, warmup_steps=warmup_steps)
     if checkpoint is None:
         return training

@@ -6,6 +6,9 @@ difference that is left there is what the precision did:
 
     lr_k = schedule's lr * (branch_steps - k) / branch_steps        k = 0 ... branch_steps - 1
 
+The branch of the user's own training, where that has 16-bit parameters without FP32 masters, takes
+the checkpoint in its own dtypes, the optimizer's states as `load_state_dict` casts them.
+
 Everything else is common to the branches of a seed: the checkpoint (model and optimizer state), the
 batches, and torch's generators, which are seeded anew before every step, so that dropout masks are
 paired and the comparison measures precision. Evaluation is one FP32 forward of the master weights
@@ -24,10 +27,11 @@ from itertools import islice
 import torch
 from torch import nn
 
+from autoprec.common.text import error_line
 from autoprec.device.random_state import seeded
 from autoprec.device.ranks import set_as_on_first_rank, world_size
 from autoprec.device.tf32 import tf32_off
-from autoprec.errors import WorkloadError
+from autoprec.errors import AutoprecError, WorkloadError
 from autoprec.model.context import Context
 from autoprec.model.state import kept_state, packed_state, put_back_state
 from autoprec.records import Branch
@@ -41,6 +45,7 @@ from autoprec.verification.metrics import check_finite, check_names, measure_met
 from autoprec.verification.session import REFERENCE, Session, Variant
 from autoprec.workload.functions import Batch, move_batch
 from autoprec.workload.training import Training, step_batches
+from autoprec.workload.written import plain_model
 
 logger = logging.getLogger(__name__)
 
@@ -109,9 +114,11 @@ def train_branch(
     losses: tuple[float, ...] = ()
     metrics: dict[str, float] = {}
     with seeded(context.seed):
-        training = restore(context, session.checkpoint)
+        training = restore(context, session.checkpoint, in_fp32=not variant.is_written)
         branch = _train_with(session, training, variant, seed=seed, reference=reference)
         # the plan is taken out again: what is evaluated are the FP32 master weights
+        if variant.is_written:
+            plain_model(training.model)
         diverged_at = branch.diverged_at
         if diverged_at is None:
             losses = evaluate(context, training.model, session.evaluation)
@@ -123,6 +130,17 @@ def train_branch(
         diverged_at, losses, metrics = steps, (), {}
     found = {"eval_loss": mean_of(losses), "eval_losses": losses, "metrics": metrics}
     return branch.model_copy(update={**found, "diverged_at": diverged_at})
+
+
+def _train_written(
+    session: Session, variant: Variant, *, seed: int, reference: Sequence[float]
+) -> Branch:
+    """Train the branch of the user's own training, which no proof fails for."""
+    try:
+        return train_branch(session, variant, seed=seed, reference=reference)
+    except (AutoprecError, RuntimeError) as error:  # PyTorch may lack a 16-bit kernel here
+        logger.warning("what is trained now is not measured: it fails (%s)", error_line(error))
+    return Branch(label=variant.label, seed=seed, eval_loss=None, diverged_at=None, curve=())
 
 
 def _loss_limit(reference: Sequence[float], held_out: Sequence[float]) -> float:
@@ -144,10 +162,11 @@ def _train_with(
     curve, not_finite = list[float](), tuple[str, ...]()
     diverged_at: int | None = None
     own_loss: float | None = None
+    is_planned = not (variant.is_reference or variant.is_written)
     with fast_gemms(), ExitStack() as plan:
         if variant.is_reference:  # the plan's FP32 layers run as the process has TF32
             plan.enter_context(tf32_off())
-        else:
+        elif is_planned:
             install_options(
                 model,
                 variant.options,
@@ -159,14 +178,14 @@ def _train_with(
         # the reference saw the same batches: what is far above its worst has diverged
         limit = _loss_limit(reference, session.checkpoint.eval_losses)
         first = None if variant.is_reference else StepWatch(model)
-        for step, loss in enumerate(_train(session, training, variant.label, seed=seed)):
+        for step, loss in enumerate(_train(session, training, variant, seed=seed)):
             if first is not None and step == 0:
                 not_finite = first.end(model, over_ranks=True)
             if not_finite or not math.isfinite(loss) or loss > limit:
                 diverged_at = step
                 break
             curve.append(loss)
-        if diverged_at is None and not variant.is_reference:
+        if diverged_at is None and is_planned:
             own_loss = mean_of(evaluate(context, model, session.evaluation))
             own_loss = own_loss if own_loss and math.isfinite(own_loss) else None
     return Branch(
@@ -244,7 +263,8 @@ def mean_of(losses: Sequence[float]) -> float | None:
 
 
 def _branch(session: Session, variant: Variant, seed: int, reference: Sequence[float]) -> Branch:
-    train = partial(train_branch, session, variant, seed=seed, reference=reference)
+    own = _train_written if variant.is_written else train_branch
+    train = partial(own, session, variant, seed=seed, reference=reference)
     found = session.store.branch(variant.digest, seed, train)
     return found.model_copy(update={"label": variant.label})  # it may be another variant's
 
@@ -276,7 +296,7 @@ def _floor(session: Session, first: Branch) -> float:
     context, seed = session.context, first.seed
     with seeded(context.seed):
         training = restore(context, session.checkpoint)
-        replay = tuple(islice(_train(session, training, "replay", seed=seed), REPLAY_STEPS))
+        replay = tuple(islice(_train(session, training, REFERENCE, seed=seed), REPLAY_STEPS))
     if replay == first.curve[: len(replay)]:
         return 0.0
     again = train_branch(session, REFERENCE, seed=seed)
@@ -288,14 +308,15 @@ def _floor(session: Session, first: Branch) -> float:
     return abs(again.eval_loss - first.eval_loss) / abs(first.eval_loss)
 
 
-def _train(session: Session, training: Training, label: str, *, seed: int) -> Iterator[float]:
+def _train(session: Session, training: Training, variant: Variant, *, seed: int) -> Iterator[float]:
     """Train on the seed's batches and yield every step's loss."""
     context, steps = session.context, session.terms.branch_steps
+    loss_fn = context.workload.written_loss if variant.is_written else None
     stream = context.workload.train_batches(seed)
     for step, batches in enumerate(step_batches(context.workload, stream, count=steps)):
         moved = move_batch(batches, context.device)
         # lr_k = lr * (branch_steps - k) / branch_steps: down to the floor of the basin
-        with seeded(seed_of(seed, step)):
-            loss = float(training.step(moved, rate=(steps - step) / steps))
+        with seeded(seed_of(seed, step)), torch.compiler.set_stance("force_eager"):
+            loss = float(training.step(moved, rate=(steps - step) / steps, loss_fn=loss_fn))
         yield loss
-        context.progress(f"verify: {label}, seed {seed}", step + 1, steps)
+        context.progress(f"verify: {variant.label}, seed {seed}", step + 1, steps)

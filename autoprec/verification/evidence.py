@@ -121,6 +121,17 @@ class Evidence:
         return gap_interval(gaps, self.terms, tolerance=tolerance)
 
     @property
+    def asks_for_written(self) -> bool:
+        """Whether a seed may tell if the user's own training is within the tolerance."""
+        if any(branch.eval_loss is None for branch in self.of("as_written")):
+            return False  # it diverges, or fails
+        gap, gaps = self.gap("as_written"), self.gaps("as_written")
+        if gap is None or len(gaps) < self.terms.seeds_min:
+            return True
+        is_open = verdict_of(gap, self.loss_tolerance) is Verdict.INCONCLUSIVE
+        return is_open and can_decide(gaps, self.loss_tolerance, self.terms)
+
+    @property
     def implied_limit(self) -> float | None:
         """The gradient error whose gap would be the tolerance, by this plan's own; else None.
 
@@ -170,6 +181,7 @@ def make_verification(
         loss_exponent=loss_exponent(session.checkpoint.curve, end),
         notes=(*repairs, *notes(session, evidence, steps)),
         expected_gap=expected_gap_of(evidence.plan, sensitivity),
+        written_gap=evidence.gap("as_written"),
     )
 
 

@@ -37,7 +37,7 @@ from autoprec.verification.branches import evaluate, state_of, train_seed, warm_
 from autoprec.verification.evidence import Evidence, exceeds_limit, make_verification
 from autoprec.verification.ladder import climb, with_horizons
 from autoprec.verification.sequential import Terms
-from autoprec.verification.session import BranchStore, Session, Workers
+from autoprec.verification.session import WRITTEN, BranchStore, Session, Variant, Workers
 from autoprec.verification.workers import check_room_of_branches, train_branches
 from autoprec.workload.functions import Batch, check_batches, move_batch
 from autoprec.workload.training import Training
@@ -67,7 +67,8 @@ def verify_plans(
     """Train with plans beside the reference, in order of rank, until one is not refuted.
 
     Plans whose gradient error is too much by what a refuted one showed are passed over; when all
-    are refuted, the last one's record is returned. Costs a warm-up and three branches per seed.
+    are refuted, the last one's record is returned. Costs a warm-up and three branches per seed,
+    and one with the user's own 16-bit parameters, if any, until its gap is decided as well.
 
     Args:
         context: whose workload is trained, and where; branches use the seeds after its own.
@@ -260,16 +261,22 @@ def gather_evidence(session: Session, plan: Plan, *, with_control: bool = True) 
     _, control, chosen = session.variants(plan)
     terms, predicted = session.terms, plan.predicted
     variants = [control, chosen] if with_control else [chosen]
+    asks = with_control and not session.has_masters
     if chosen.is_reference and predicted and predicted.bf16_o2_ms >= predicted.fp32_ms:
         variants = [chosen]  # nobody asks what BF16 would do to the loss: it is no faster
-        terms = replace(terms, seeds_min=FEWEST_SEEDS)  # the reference's branch is the plan's
+        if not asks:
+            terms = replace(terms, seeds_min=FEWEST_SEEDS)  # the reference's branch is the plan's
     evidence = Evidence(plan, terms, session.loss_tolerance, tolerances=session.metrics)
+
+    def asked(so_far: Evidence) -> list[Variant]:
+        return [*variants, WRITTEN] if asks and so_far.asks_for_written else variants
+
     seeds = range(session.context.seed + 1, session.context.seed + 1 + terms.seeds_max)
     # workers train the seeds up to the first look at once, and then all others
     for at_once in (seeds[: terms.seeds_min], seeds[terms.seeds_min :]):
-        train_branches(session, variants, at_once)
+        train_branches(session, asked(evidence), at_once)
         for seed in at_once:
-            branches = (*evidence.branches, *train_seed(session, variants, seed))
+            branches = (*evidence.branches, *train_seed(session, asked(evidence), seed))
             evidence = replace(evidence, branches=branches)
             if evidence.verdict is not Verdict.INCONCLUSIVE or evidence.unresolved:
                 return evidence

@@ -91,27 +91,35 @@ class BranchStore:
 
 @dataclass(frozen=True)
 class Variant:
-    """What a branch trains with: an option per layer; without any 16-bit layer, plain FP32."""
+    """What a branch trains with: an option per layer; without any 16-bit layer, plain FP32.
+
+    One that `is_written` has the user's own dtypes and autocast in their place.
+    """
 
     label: str
     options: Mapping[str, Option]
     fp32_outputs: tuple[str, ...] = ()  # of the plan's islands
     uncovered: tuple[str, ...] = ()  # parameters outside of layers: BF16 where any layer is 16-bit
+    is_written: bool = False
 
     @property
     def is_reference(self) -> bool:
         """Whether nothing is installed: every layer is FP32."""
-        return all(option.precision is Precision.FP32 for option in self.options.values())
+        is_fp32 = all(option.precision is Precision.FP32 for option in self.options.values())
+        return is_fp32 and not self.is_written
 
     @property
     def digest(self) -> str:
         """A digest of the options; all-FP32 variants are the reference, whatever their label."""
+        if self.is_written:  # of the workload's own dtypes, which the setup's digest tells apart
+            return self.label
         keys = sorted((name, option.key) for name, option in self.options.items())
         kept = [self.fp32_outputs] if self.fp32_outputs else []
         return "reference" if self.is_reference else short_digest(keys, *kept)
 
 
 REFERENCE = Variant(label="reference", options={})
+WRITTEN = Variant(label="as_written", options={}, is_written=True)
 
 
 @dataclass(frozen=True)
@@ -146,6 +154,11 @@ class Session:
     workers: Workers = Workers()
     metrics: tuple[MetricTolerance, ...] = ()  # those of the user's that are tested
     floor: float | None = None  # the gap between two runs of a reference, once the first has run
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether the user trains FP32 parameters; of several ranks it is not asked."""
+        return world_size() > 1 or not self.context.workload.written.dtypes
 
     def variants(self, plan: Plan) -> tuple[Variant, Variant, Variant]:
         """Return reference, control and plan."""

@@ -126,10 +126,14 @@ class Workload:
     schedules: dict[tuple[object, ...], tuple[int, int | None]] = field(default_factory=dict)
     reference: str = ""
 
-    def build_model(self, *, seed: int = 0) -> nn.Module:
-        """Build the model in FP32, for training, not compiled: same seed, same initial weights."""
+    def build_model(self, *, seed: int = 0, in_fp32: bool = True) -> nn.Module:
+        """Build the model for training, not compiled: same seed, same initial weights.
+
+        In FP32, else in its own dtypes.
+        """
         # FP32 before it is sharded; what compiles its parts may be the sharding function
-        model = plain_model(self._spread(plain_model(self._build(seed))))
+        spread = self._spread(plain_model(self._build(seed), in_fp32=in_fp32))
+        model = plain_model(spread, in_fp32=in_fp32)
         self.written.gathered = self.part.in_fp32(model)
         note_moving(model, self.written.moving)
         return model

@@ -140,7 +140,7 @@ def take_off_compiled_forwards(model: nn.Module) -> None:
             del vars(module)["forward"]
 
 
-def plain_model(model: nn.Module) -> nn.Module:
+def plain_model(model: nn.Module, *, in_fp32: bool = True) -> nn.Module:
     """Return a model as it was before it was compiled, and its 16-bit parameters in FP32.
 
     The model is changed in place; what its user casts to 16 bit for it is cast back.
@@ -153,7 +153,8 @@ def plain_model(model: nn.Module) -> nn.Module:
         for name, child in module.named_children():
             if isinstance(child, OptimizedModule):
                 setattr(module, name, child._orig_mod)
-    low = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in LOW_PRECISION]
+    tensors = (*model.parameters(), *model.buffers()) if in_fp32 else ()
+    low = [tensor for tensor in tensors if tensor.dtype in LOW_PRECISION]
     for tensor in low:
         tensor.data = tensor.data.float()
     if low:
