@@ -16,8 +16,8 @@ of the user's compute in BF16. They are tried together where the layers' rows le
 explain, and are FP32 in every plan if half of that goes: what they cost so is not known.
 
 The user's code can be too coarse between many layers at once (splines, a residual far from zero).
-Where islands leave much that no row knows, FP32 between all layers is tried, which stay in BF16
-themselves, and kept if half of that goes.
+Where islands leave much, FP32 between all layers is tried, which stay in BF16 themselves, and kept
+if half of that goes, or of what no row knows.
 """
 
 import math
@@ -35,7 +35,7 @@ from autoprec.sensitivity.reference import Reference
 from autoprec.workload.functions import tensors_in
 
 TOO_COARSE = 1e-3  # of uniform BF16; networks without an offset have 1e-6 to 2e-4
-FAR_TOO_COARSE = 4e-3  # left of it beyond rows; a usual budget: FP32 between all layers costs time
+FAR_TOO_COARSE = 4e-3  # left of it, a usual budget: FP32 between all layers costs time
 MOST_TRIED = 4  # islands, one joint measurement each
 MOST_IN_VAIN = 2  # of them: where kinks make BF16 coarse there are none
 MOST_PRODUCERS = 4  # more of them is a residual stream, whose sums no island keeps in FP32
@@ -66,10 +66,12 @@ def find_islands(
     left = _add_layers(reference, own, found, left, measure)
     kept = {name for island in found for name in island.names}
     between = left - math.fsum(own[name] for name in own.keys() - kept)
-    if between >= FAR_TOO_COARSE:
+    if left >= FAR_TOO_COARSE:
         everything = (*reference.spec.names, *outside)
         error = measure([Island(outputs=everything)])
-        if error - math.fsum(own.values()) <= between / 2:
+        # a layer's own row has its output in BF16: rows may know it all, and it goes all the same
+        known = math.fsum(own.values()) + between / 2
+        if error <= (known if between >= FAR_TOO_COARSE else left / 2):
             return (Island(outputs=everything, grad_error=max(joint - error, 0.0)),), error
     return tuple(found), left
 
