@@ -516,6 +516,13 @@ def test_what_16_bits_without_masters_cost_is_told_beside_a_plan_that_is_faster(
     assert "now" not in [key for key, _, _ in answer_facts(summarise_run(other))]
 
 
+def test_the_loss_that_a_checkpoint_trained_to_falls_as_losses_do() -> None:
+    facts = {"written_gap": ABOVE, "loss_exponent": None, "checkpoint": "trained.pt"}
+    for speedup, lead in ((0.97, "For its loss, train with FP8"), (0.6, "No gain in time")):
+        found = summarise_run(held_in_bf16(make_run(), speedup=speedup, **facts))
+        assert found.answer.headline.startswith(lead)
+
+
 def test_a_plan_is_worth_more_than_a_training_that_diverges() -> None:
     run = make_run()
     assert run.verification

@@ -15,6 +15,7 @@ from autoprec.report.formats import clean_text
 from autoprec.report.promise import Promise
 from autoprec.report.runs import RunRecords
 from autoprec.report.step_times import Speedup, title_of
+from autoprec.sensitivity.gap import USUAL_EXPONENT
 
 PAYS, LOSES, UNSURE = "FP8 pays", "FP8 is not worth it", "Whether FP8 pays is not certain"
 TOO_LARGE = "Too large for the device"
@@ -146,6 +147,7 @@ def _is_ahead_of_now(run: RunRecords, speedups: Mapping[str, Speedup]) -> bool:
     if not written_loss(run) or proof is None or proof.verdict is not Verdict.VERIFIED or not now:
         return False
     gap, own, r = proof.written_gap, proof.gap, proof.loss_exponent
+    r = USUAL_EXPONENT if r is None and proof.checkpoint else r  # of a training that nobody saw
     if not _now_ends_above(run) or gap is None or own is None or r is None:
         return _diverged_now(proof) is not None
     slowest = now.value if now.low is None else now.low
