@@ -180,6 +180,16 @@ def test_a_file_that_changes_the_directory_is_found_again_by_others(
     assert load_workload(first.reference).digest == third.digest  # from where it went
 
 
+def test_the_place_of_an_error_is_in_the_users_code_and_not_in_the_package() -> None:
+    def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
+        move_batch(batch, "no device")  # type: ignore[arg-type]  # so it raises
+        return batch
+
+    workload, model = workload_with(loss_fn=loss_fn), nn.Linear(2, 2)
+    with pytest.raises(WorkloadError, match=rf" at {Path(__file__).name}:"):
+        workload.loss_fn(model, torch.ones(2, 2))
+
+
 def test_a_script_that_reads_its_arguments_is_told_where(tmp_path: Path) -> None:
     path = tmp_path / "parses.py"
     path.write_text(NAMES + "import argparse\nargparse.ArgumentParser().parse_args(['--x'])\n")

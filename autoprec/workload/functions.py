@@ -73,7 +73,8 @@ if TYPE_CHECKING:
 EVAL_SEED = 2**31 - 1  # reserved: no stage trains on it
 MAX_EVAL_BATCHES = 64  # an endless eval_batches() is cut here
 DEFAULT_EVAL_BATCHES = 8
-LIBRARIES = ("site-packages", sysconfig.get_path("stdlib"))  # where no user's code is
+PACKAGE = str(Path(__file__).parents[1])  # of autoprec, wherever it lies
+LIBRARIES = ("site-packages", sysconfig.get_path("stdlib"), PACKAGE)  # where no user's code is
 LONGEST_ERROR = 300  # characters of the user's own exception
 
 T = TypeVar("T")
