@@ -26,16 +26,19 @@ from autoprec.records import (
     Recipe,
     fp8_option,
 )
+from autoprec.runtime import install_options
 from autoprec.sensitivity import doubts, tables
 from autoprec.sensitivity.check import bf16_within, check_table, measure_bf16
 from autoprec.sensitivity.choices import kept_choices, recorded_choices
 from autoprec.sensitivity.doubts import guessed_cells
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.kinks import TwoSteps
-from autoprec.sensitivity.local import BF16_OUTPUT, Component, list_cells
+from autoprec.sensitivity.local import BF16_OUTPUT, Component, components_of, list_cells
+from autoprec.sensitivity.moves import Pass, run_moved
 from autoprec.sensitivity.parked import InTurn
 from autoprec.sensitivity.probes import probe_batches
 from autoprec.sensitivity.reference import Reference, prepare_reference
+from autoprec.sensitivity.replay import differentiated_calls
 from autoprec.sensitivity.rows import make_rows
 from autoprec.sensitivity.tables import (
     Method,
@@ -127,8 +130,11 @@ def test_all_casts_of_a_layer_tell_together_which_part_of_their_squares_kinks_ar
     assert replace(steps, changes=[(13.0, 13.0)]).added([x], 4.0) == 0.0  # a smooth network
 
 
-def routed() -> Reference:
-    """Return a warmed-up mixture whose experts take the rows that a router gives them."""
+def routed(seen: Callable[[Tensor], Tensor] = lambda scores: scores) -> Reference:
+    """Return a warmed-up mixture whose experts take the rows that a router gives them.
+
+    The choice is made by what is `seen` of its scores.
+    """
 
     class Mixture(nn.Module):
         def __init__(self) -> None:
@@ -138,8 +144,9 @@ def routed() -> Reference:
             self.router = nn.Linear(32, 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            chosen, which = self.router(x).topk(2)
-            weights, out = chosen.softmax(-1), torch.zeros_like(x)
+            scores = self.router(x)
+            which = seen(scores).topk(2).indices
+            weights, out = scores.gather(-1, which).softmax(-1), torch.zeros_like(x)
             for number, expert in enumerate(self.experts):
                 rows, places = (which == number).nonzero(as_tuple=True)
                 part = weights[rows, places, None] * expert(x[rows])
@@ -168,6 +175,62 @@ def test_moved_passes_keep_the_experts_of_the_reference() -> None:
     assert steps.places["0"] < steps.places["1.router"] < steps.places["1.experts.0"]
     rows = {(r.name, r.option): r.grad_error.mean for r in make_rows(probes, cells)}
     assert all(value > 0.0 for value in rows.values())
+
+
+def test_what_errors_do_to_choices_is_what_they_do_to_the_scores() -> None:
+    reference = routed()
+    cells = list_cells(reference.spec, [fp8_option(Recipe.ROWWISE)])
+    steps = probe_batches(reference, cells, probes=1)[0].steps
+    assert steps is not None
+    layers: dict[str, nn.Module] = {"0": reference.model.get_submodule("0")}
+    with differentiated_calls(layers) as found, recorded_choices(layers) as choices:
+        gradient = reference.run_gradient(0, found.begin_backward)
+    step = Pass(reference, 0, layers, found.calls, choices, gradient, 1 << 20, reference.batches[0])
+    (moved,) = run_moved(step, code=0, are_changes=False).at_choices.values()
+
+    for name, option in cells:
+        changes = list[float]()
+
+        def see(_: int, x: Tensor, dim: int | None, changes: list[float] = changes) -> None:
+            assert dim == -1
+            change = x - choices.compared[0]
+            changes.append(float((change - change.mean(-1, keepdim=True)).square().sum()))
+
+        options = {name: option}
+        with (
+            install_options(reference.model, options, activation_dtype=torch.float32),
+            kept_choices(choices, see),
+        ):
+            reference.run(0, keep=())
+        keys = [(name, component) for component in components_of(option)[Gemm.OUTPUT]]
+        reached = math.fsum(steps.reached[key] for key in keys)
+        # BF16's of four scores are four groups
+        assert reached == pytest.approx(changes[0] / moved, rel=0.35 if option.is_fp8 else 1.5)
+        assert (reached > 0.0) == (name in ("0", "1.router"))
+
+
+def test_choices_by_what_has_no_gradient_are_expected_by_the_smooth_errors() -> None:
+    reference = routed(seen=Tensor.detach)
+    steps = probe_batches(reference, list_cells(reference.spec, None), probes=2)[0].steps
+    assert steps is not None
+    assert not steps.reached
+    keys = [key for key in steps.products if key[0] == "0" and key[1].gemm is Gemm.OUTPUT]
+    assert steps.chosen(keys[:1], 1e-4) > 0.0
+
+
+def test_neither_a_largest_value_nor_an_accuracy_is_a_choice_that_layers_move() -> None:
+    first, second = nn.Linear(8, 8), nn.Linear(8, 8)
+    x = torch.randn(4, 8)
+    with recorded_choices({"first": first, "second": second}) as choices:
+        scores = first(x)
+        hidden = scores - scores.max(-1, keepdim=True).values
+        best = hidden.topk(2, -1)
+        found = second(torch.zeros(4, 8).scatter(-1, best.indices, best.values))
+        assert len(found.argmax(-1).eq(0)) == 4
+    assert len(choices.indices) == 3
+    assert choices.compared.keys() == {1}
+    assert torch.equal(choices.compared[1], hidden)
+    assert choices.behind(choices.compared) == {"first": 1.0, "second": 0.0}
 
 
 def test_choices_are_kept_as_they_were_made_whatever_the_model_adds_to_them() -> None:

@@ -7,7 +7,7 @@ Thresholds in the model's own code are seen, and not kept: `x * (x > 0)` is a Re
 moved passes have to cross, and nothing tells it from a gate, whose value jumps.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,14 +15,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from autoprec.device.tracing import OperationTracer
+from autoprec.model.recording import NO_BACKWARD
 from autoprec.sensitivity.constants import Constants
 
 # by name, the place of `dim` among the arguments; it is the last dimension where it is not given
 _DIM = {"topk": 2, "kthvalue": 2, "sort": 1, "max": 1, "min": 1, "median": 1}
 # draws too, with probabilities that weights may move, and not a number as dropout's
-_CHOOSING = (*_DIM, "argmax", "argmin", "multinomial", "bernoulli", "bernoulli_")
+_DRAWING = ("multinomial", "bernoulli", "bernoulli_")
+_CHOOSING = (*_DIM, "argmax", "argmin", *_DRAWING)
 _BY_A_NUMBER = ("p", "float")
 _COMPARING = ("gt", "ge", "lt", "le")
 
@@ -32,10 +36,13 @@ class Choices:
     """The indices of one pass, in order, and how many came before each layer's first call.
 
     `before` is in the order of those calls. A layer was called after the first `followed` indices
-    and thresholds; an accuracy beside the loss is not among them.
+    and thresholds; an accuracy beside the loss is not among them. `compared` is, by place, what the
+    choices compare whose index something takes (the largest value alone is a kink), of those that a
+    layer follows where one follows any.
     """
 
     indices: list[Tensor] = field(default_factory=list)
+    compared: dict[int, Tensor] = field(default_factory=dict)
     before: dict[str, int] = field(default_factory=dict)
     thresholds: int = 0
     followed: int = 0
@@ -43,59 +50,82 @@ class Choices:
     given: dict[int, Tensor] = field(default_factory=dict)
     constant: set[str] = field(default_factory=set)
 
-    def behind(self) -> dict[str, float]:
-        """Return the part of the choices that come after each layer."""
-        count = len(self.indices)
-        return {name: 1.0 - before / count for name, before in self.before.items()}
+    def behind(self, places: Collection[int]) -> dict[str, float]:
+        """Return the part of the choices in these places that come after each layer."""
+        return {
+            name: sum(place >= before for place in places) / max(len(places), 1)
+            for name, before in self.before.items()
+        }
 
 
 @contextmanager
 def recorded_choices(layers: Mapping[str, nn.Module]) -> Iterator[Choices]:
     """Record the choices that run inside; `layers` are all of the model's."""
-    found = Choices()
+    found, acting = Choices(), 0
+    places: Any = WeakTensorKeyDictionary()  # Any: torch's own has no types
+    compared: list[Tensor] = []
+    taken: set[int] = set()
 
-    def see(index: Tensor) -> Tensor:
-        found.indices.append(index.detach().clone())  # the model may change its own in place
+    def see(index: Tensor, x: Tensor, _: int | None) -> Tensor:
+        places[index] = len(compared)
+        # the model may change its own in place
+        found.indices.append(index.detach().clone())
+        compared.append(x.detach().clone())
         return index
 
-    def compare() -> None:
-        found.thresholds += 1
+    def watch(name: str, args: tuple[Any, ...]) -> None:  # Any: torch's own
+        if name in _COMPARING and _is_decided(args[0]):
+            found.thresholds += 1
+        if places and torch._C._current_graph_task_id() == NO_BACKWARD:
+            tensors = (x for x in tree_leaves(args) if isinstance(x, Tensor))
+            taken.update(places[x] for x in tensors if x in places)
 
     def calls(name: str, *_: object) -> None:
-        found.followed = len(found.indices) + found.thresholds
-        found.before.setdefault(name, len(found.indices))
+        nonlocal acting
+        acting = len(found.indices)
+        found.followed = acting + found.thresholds
+        found.before.setdefault(name, acting)
 
     constants = Constants()
     with ExitStack() as stack:
         for name, layer in layers.items():
             stack.enter_context(layer.register_forward_pre_hook(partial(calls, name)))
-        stack.enter_context(_choosing(see, constants, compare))
+        stack.enter_context(_choosing(see, constants, watch))
         yield found
+    of_layers = {place for place in taken if place < acting}
+    found.compared = {place: compared[place] for place in sorted(of_layers or taken)}
     found.given, found.constant = constants.given, constants.makers(layers)
 
 
 @contextmanager
-def kept_choices(choices: Choices) -> Iterator[None]:
+def kept_choices(
+    choices: Choices, see: Callable[[int, Tensor, int | None], None] = lambda *_: None
+) -> Iterator[None]:
     """Make the choices that run inside those of another pass, as long as their shapes agree.
 
-    So is what is made under no_grad.
+    So is what is made under no_grad. `see` is called with the place, what is compared now and along
+    which dimension, of each choice in `compared`.
     """
-    left = iter(choices.indices)
+    left = enumerate(choices.indices)
 
-    def take(index: Tensor) -> Tensor:
-        kept = next(left, index)
-        return kept.clone() if kept.shape == index.shape else index
+    def take(index: Tensor, x: Tensor, dim: int | None) -> Tensor:
+        place, kept = next(left, (-1, index))
+        if place < 0 or kept.shape != index.shape:
+            return index
+        if place in choices.compared:
+            see(place, x, dim)
+        return kept.clone()
 
     with _choosing(take, Constants(choices.given)):
         yield
 
 
 def _choosing(
-    choose: Callable[[Tensor], Tensor],
+    choose: Callable[[Tensor, Tensor, int | None], Tensor],
     constants: Constants,
-    compare: Callable[[], None] = lambda: None,
+    watch: Callable[[str, tuple[Any, ...]], None] = lambda *_: None,  # Any: torch's own
 ) -> OperationTracer:
-    """Give every index and draw to a function, and go on with what that returns; tell thresholds.
+    """Give every index and draw to a function, and go on with what that returns.
 
     Below autograd, so that those within torch's own functions (F.gumbel_softmax) are seen, and
     gradients go where the kept index says.
@@ -104,13 +134,14 @@ def _choosing(
     def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # Any: torch's own
         result, name = func(*args, **kwargs), func.overloadpacket.__name__
         constants.see(func, (args, kwargs), result)
-        if name in _COMPARING and _is_decided(args[0]):
-            compare()
+        watch(name, args)
         has_index = name in _CHOOSING and not (isinstance(result, Tensor) and name in _DIM)
         if not has_index or func._overloadname in _BY_A_NUMBER or not args[0].is_floating_point():
             return result
         index = result if isinstance(result, Tensor) else result[1]
-        kept = choose(index)
+        place = _DIM.get(name, 1)
+        dim = kwargs.get("dim", args[place] if len(args) > place else -1)
+        kept = choose(index, args[0], None if name in _DRAWING else dim)
         if kept is index:
             return result
         if name == "bernoulli_":
@@ -118,13 +149,19 @@ def _choosing(
         if isinstance(result, Tensor):
             return kept
         # the moved values at the kept places
-        x, place = args[0], _DIM[name]
-        dim = kwargs.get("dim", args[place] if len(args) > place else -1)
-        is_reduced = kept.dim() < x.dim()
+        x, is_reduced = args[0], kept.dim() < args[0].dim()
         picked = x.gather(dim, kept.unsqueeze(dim) if is_reduced else kept)
         return picked.squeeze(dim) if is_reduced else picked, kept
 
     return OperationTracer(run)
+
+
+def less_mean(x: Tensor, dim: int | None) -> Tensor:
+    """Return changes along a dimension less their mean, which changes no choice.
+
+    Of draws as they are.
+    """
+    return x if dim is None else x - x.mean(dim, keepdim=True)
 
 
 def _is_decided(compared: Tensor) -> bool:

@@ -56,6 +56,8 @@ class TwoSteps:
     places: dict[str, int]
     jumps: float = 0.0  # W t of the choices
     choices: dict[str, float] = field(default_factory=dict)  # the part of them behind each layer
+    # how far errors of output move choices beside the moved weights, squared, in the mean of all
+    reached: dict[Key, float] = field(default_factory=dict)
     are_followed: bool = False  # by a layer, some of the choices or thresholds
     missed: float = 0.0  # of the loss's change, at the better of both steps (see moves.py)
 
@@ -112,14 +114,19 @@ class TwoSteps:
     def chosen(self, keys: Sequence[Key], square: float) -> float:
         """Return what other choices than the reference's add to one layer's errors of output.
 
-        A choice is changed with a probability that grows as |dy|, like a kink. There is no B of it,
-        as the choices are kept, so errors and moved weights are compared by the smooth part of what
-        they do, forward; moved weights do about half of theirs backward.
+        A choice is changed with a probability that grows as |dx|, x being what it compares. So it
+        adds what it did in a moved pass, times how far errors move x beside that pass: in the mean
+        over choices sqrt(behind * mean of squares), if they move all those behind alike. Where no
+        gradient comes back to x, both are compared by the smooth part of what they do, forward;
+        moved weights do about half of theirs backward.
         """
-        smooth, total = self._smooth(keys, square), math.fsum(map(min, self.changes)) / 2.0
-        if smooth is None or self.jumps <= 0.0 or total <= 0.0:
+        added = self.jumps * self.choices.get(keys[0][0], 0.0)
+        if added <= 0.0:
             return 0.0
-        return self.jumps * self.choices.get(keys[0][0], 0.0) * math.sqrt(smooth / total)
+        if all(key in self.reached for key in keys):
+            return math.sqrt(self.jumps * added * math.fsum(self.reached[key] for key in keys))
+        smooth, total = self._smooth(keys, square), math.fsum(map(min, self.changes)) / 2.0
+        return added * math.sqrt(smooth / total) if smooth and total > 0.0 else 0.0
 
     def _smooth(self, keys: Sequence[Key], square: float) -> float | None:
         """Return what is left of a square without kinks; None where nothing is known."""

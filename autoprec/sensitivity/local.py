@@ -27,6 +27,8 @@ from autoprec.sensitivity.casts import Cast, gemm_casts
 from autoprec.sensitivity.gemm import fast_gemms
 from autoprec.sensitivity.replay import replay
 
+CHANNELS_SECOND = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
+
 
 @dataclass(frozen=True)
 class Component:
@@ -108,3 +110,21 @@ def partly_fp8(cells: Iterable[Cell]) -> set[Cell]:
 def fp8_options(cells: Iterable[Cell]) -> dict[str, list[Option]]:
     """Return the FP8 options among cells by layer name; only names that have any."""
     return grouped((name, option) for name, option in cells if option.is_fp8)
+
+
+def by_channel(
+    layer: nn.Module, changes: Iterable[Tensor | None], errors: Sequence[Tensor]
+) -> Tensor:
+    """Return the products of changes and errors, summed over all but the channels."""
+    totals: dict[int, Tensor] = {}
+    for change, error in zip(changes, errors, strict=True):
+        if change is None or error.shape != change.shape or change.dim() == 0:
+            continue
+        is_second = isinstance(layer, CHANNELS_SECOND) and change.dim() > 2
+        channel = 1 if is_second else change.dim() - 1
+        others = [dim for dim in range(change.dim()) if dim != channel]
+        # a DTensor may be a partial sum
+        product = change.mul_(error) if type(change) is Tensor else change * error
+        part = product.sum(others) if others else product
+        totals[len(part)] = totals.get(len(part), 0.0) + part
+    return torch.cat(list(totals.values())) if totals else torch.zeros(1)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from autoprec.device.ranks import (
     local_part,
@@ -29,7 +30,7 @@ from autoprec.device.ranks import (
 from autoprec.model.layers import layer_named
 from autoprec.model.recording import Call
 from autoprec.runtime.shards import whole_again
-from autoprec.sensitivity.choices import Choices, kept_choices
+from autoprec.sensitivity.choices import Choices, kept_choices, less_mean
 from autoprec.sensitivity.hooks import after_hooks, direction_after_hooks, has_hooks
 from autoprec.sensitivity.local import Norm
 from autoprec.sensitivity.parked import InTurn
@@ -80,6 +81,11 @@ class Pass:
 
         return norm
 
+    def uncalled(self) -> set[Tensor]:
+        """Return the parameters of layers that are used uncalled (an attention's out_proj)."""
+        layers = (layer for name, layer in self.layers.items() if not self.calls[name])
+        return {parameter for layer in layers for parameter in layer.parameters()}
+
     def order(self) -> tuple[list[int], dict[str, int]]:
         """Return the model's parameters in the order of calls, and each layer's first among them.
 
@@ -111,13 +117,17 @@ class Moved:
     `calls` is what went through some layers, `size` is t, and `changes` has |P^(1/2) D|^2 with D
     the change of the gradient, by parameter in the order of the model's; zeros if not asked for.
     `missed` is the part of the loss's change, of those that are usual, that gradients do not tell.
+    `at_choices` is, by place, the squared change of what choices compare, of those that it moved;
+    infinite where no gradient comes back to that. With `only_outputs` it tells of errors of outputs
+    alone.
     """
 
     calls: dict[str, list[Call]]
     size: float
     changes: list[float]
     missed: float
-    is_finer: bool
+    at_choices: dict[int, float]
+    only_outputs: bool
 
     def beside(self, finer: "Moved") -> list[tuple[float, float]]:
         """Return the changes over t^2 at both steps, (finer, own), times the own step's t^2."""
@@ -128,18 +138,58 @@ class Moved:
 def run_moved(step: Pass, *, code: int, are_changes: bool, times: float = 1.0) -> Moved:
     """Run a batch with the weights moved along the signs of a code, at a step so much finer."""
     size = _step_size(step) / times
-    # a layer whose parameters are used without a call (an attention's out_proj) is seen by them
-    uncalled = [layer for name, layer in step.layers.items() if not step.calls[name]]
-    keep = {parameter for layer in uncalled for parameter in layer.parameters()}
+    at_choices = dict.fromkeys(step.choices.compared, 0.0)
+
+    def compare(place: int, x: Tensor, dim: int | None) -> None:
+        # -inf where a mask forbids a choice
+        change = (x.detach() - step.choices.compared[place]).nan_to_num_(0.0)
+        square = float(less_mean(change, dim).square().sum())
+        at_choices[place] = square if square == 0.0 or x.requires_grad else math.inf
+
     with (
         differentiated_calls(step.layers, is_parked=step.reference.is_parked) as watched,
         _moved_weights(step, size, code=code) as along,
-        kept_choices(step.choices),
+        kept_choices(step.choices, compare),
     ):
         gradients = step.gradient.of if are_changes else {}
-        changes, ends = _run(step, keep, gradients, along, watched.begin_backward)
+        changes, ends = _run(step, step.uncalled(), gradients, along, watched.begin_backward)
     missed = _missed(ends, usual=size * math.sqrt(step.gradient.squared_norm))
-    return Moved(watched.calls, size, changes, missed, is_finer=times != 1.0)
+    squares = sum_over_ranks([*at_choices.values()]) if at_choices else []
+    at_choices = {place: s for place, s in zip(at_choices, squares, strict=True) if s > 0.0}
+    return Moved(watched.calls, size, changes, missed, at_choices, only_outputs=times != 1.0)
+
+
+def run_from_choices(step: Pass, moved: Moved, *, code: int) -> Moved | None:
+    """Run a batch with gradients of random signs s, beside the loss's, at what K choices compare.
+
+    They change the gradient at a layer's output y by J' s, with J the derivative by y of what is
+    compared, in parts of how far `moved` moved that. So <J' s, Dy>^2 is, in the mean over s, how
+    far an error Dy moves choices beside that pass: the mean of squares over choices. None where no
+    gradient comes back to what some choice compares.
+    """
+    if not all(map(math.isfinite, moved.at_choices.values())):
+        return None
+    data_ranks = step.reference.context.workload.part.ranks  # products are means over their batches
+    each = data_ranks * world_size() / len(moved.at_choices)
+    scales = {place: math.sqrt(each / square) for place, square in moved.at_choices.items()}
+    generator = torch.Generator().manual_seed(step.reference.context.seed * 7907 + code)
+    also: list[tuple[GradientEdge, Tensor]] = []
+
+    def see(place: int, x: Tensor, dim: int | None) -> None:
+        if place not in scales:
+            return
+        signs = torch.empty(x.shape, dtype=torch.int8).random_(0, 2, generator=generator)
+        signs = less_mean(signs.to(x.device, torch.float32).mul_(2.0).sub_(1.0), dim)
+        also.append((get_gradient_edge(x), signs.mul_(scales[place]).to(x.dtype)))
+
+    with (
+        differentiated_calls(step.layers, is_parked=step.reference.is_parked) as watched,
+        kept_choices(step.choices, see),
+    ):
+        step.reference.run(
+            step.index, keep=step.uncalled(), begin_backward=watched.begin_backward, also=also
+        )
+    return Moved(watched.calls, 1.0, [], 0.0, {}, only_outputs=True)
 
 
 def run_freely(step: Pass, *, code: int) -> list[float]:

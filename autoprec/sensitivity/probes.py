@@ -25,7 +25,7 @@ around zero.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -60,11 +60,19 @@ from autoprec.sensitivity.local import (
     Cell,
     Component,
     Norm,
+    by_channel,
     components_of,
     fp8_options,
     replayed_errors,
 )
-from autoprec.sensitivity.moves import FINER, Moved, Pass, run_freely, run_moved
+from autoprec.sensitivity.moves import (
+    FINER,
+    Moved,
+    Pass,
+    run_freely,
+    run_from_choices,
+    run_moved,
+)
 from autoprec.sensitivity.parked import back, floating_shapes
 from autoprec.sensitivity.reference import Reference, ReferenceGradient, gradient_of
 from autoprec.sensitivity.replay import (
@@ -73,8 +81,6 @@ from autoprec.sensitivity.replay import (
     differentiated_calls,
     floating_inputs,
 )
-
-CHANNELS_SECOND = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
 BF16_PARTS = (BF16_OUTPUT, BF16_GRAD_INPUT)
 
@@ -197,11 +203,15 @@ def _at_two_steps(
             missed = min(moved.missed, finer.missed)
             found = TwoSteps(FINER, {}, in_order, places, are_followed=are_followed, missed=missed)
             if step.choices.indices:
-                found = replace(found, choices=step.choices.behind())
+                found = replace(found, choices=step.choices.behind(moved.at_choices))
         if found.are_kinked:
             fine = _products_of(step, finer, options, probed, is_first=False)
             own |= {key: (_square(z), _square(products[key])) for key, z in fine.items()}
             step.reference.passes += 1  # the outputs' products take about as long
+    if moved.at_choices and (signs := run_from_choices(step, moved, code=code)):
+        reached = _products_of(step, signs, options, probed, is_first=False)
+        found.reached.update((key, _square(z)) for key, z in reached.items())
+        step.reference.passes += 1
     found.products.update(own)
     return found
 
@@ -308,7 +318,7 @@ def _products_of_layer(
     seed: int,
 ) -> dict[Component, Tensor]:
     """Return one layer's products by component, each t times too large."""
-    gemms = (Gemm.OUTPUT,) if moved.is_finer else SPREADING
+    gemms = (Gemm.OUTPUT,) if moved.only_outputs else SPREADING
     layer, calls, after = step.layers[name], step.calls[name], moved.calls.pop(name)
     if not _are_alike(calls, after):
         probed.unseen.add(name)
@@ -405,7 +415,7 @@ def _products(
             for call, moved in zip(calls, after, strict=True)
             for a, b in zip(taken(call), taken(moved), strict=True)
         )
-        return _by_channel(layer, changes, errors.pop(component))
+        return by_channel(layer, changes, errors.pop(component))
 
     return {
         BF16_OUTPUT: products(BF16_OUTPUT, _gradients),  # <v, Dy>
@@ -421,21 +431,3 @@ def _gradients(call: Call) -> SomeTensors:
 def _inputs(call: Call) -> SomeTensors:
     """Return a call's floating inputs on the device, and nothing else."""
     return floating_inputs(back(replace(call, gradients=[])))
-
-
-def _by_channel(
-    layer: nn.Module, changes: Iterable[Tensor | None], errors: Sequence[Tensor]
-) -> Tensor:
-    """Return the products of changes and errors, summed over all but the channels."""
-    totals: dict[int, Tensor] = {}
-    for change, error in zip(changes, errors, strict=True):
-        if change is None or error.shape != change.shape or change.dim() == 0:
-            continue
-        is_second = isinstance(layer, CHANNELS_SECOND) and change.dim() > 2
-        channel = 1 if is_second else change.dim() - 1
-        others = [dim for dim in range(change.dim()) if dim != channel]
-        # a DTensor may be a partial sum
-        product = change.mul_(error) if type(change) is Tensor else change * error
-        part = product.sum(others) if others else product
-        totals[len(part)] = totals.get(len(part), 0.0) + part
-    return torch.cat(list(totals.values())) if totals else torch.zeros(1)

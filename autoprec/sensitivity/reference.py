@@ -20,6 +20,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from autoprec.common.progress import NOW, report_nothing
 from autoprec.common.recipes import APPLICABLE_RECIPES, Precision
@@ -146,13 +147,15 @@ class Reference:
         keep: Collection[Tensor] | None = None,
         see: Callable[[Tensor], None] | None = None,
         begin_backward: Callable[[], None] = lambda: None,
+        also: Sequence[tuple[GradientEdge, Tensor]] = (),
     ) -> Tensor:
         """Run forward and backward of a batch in the model as it stands; return its loss.
 
         Gradients are left on the model; with `keep` those of other parameters are dropped as they
         arrive, once `see` was called with the parameter; those that come in parts stay, too.
-        `begin_backward` is called once the loss is there. Buffers and generators are put back
-        first. FP32 is FP32 here: with cuDNN's TF32 every convolution would have an error too.
+        `begin_backward` is called once the loss is there. Of what is in `also` by then, backward
+        begins with these gradients too. Buffers and generators are put back first. FP32 is FP32
+        here: with cuDNN's TF32 every convolution would have an error too.
         """
         self.passes += 1
         parameters = self.model.parameters() if keep is not None else ()
@@ -169,7 +172,8 @@ class Reference:
             del batch  # of which a pass in 16 bits has a copy
             begin_backward()
             with self.context.workload.plainly():
-                torch.autograd.backward(loss)
+                roots, gradients = zip((loss, None), *also, strict=True)
+                torch.autograd.backward(roots, gradients)
         return loss
 
     def put_back(self) -> None:
