@@ -581,6 +581,8 @@ def test_an_optimizer_of_optimizers_is_one(tmp_path: Path) -> None:
         ("nn.utils.clip_grad_norm_(model.parameters(), 1e-3)", False),
         ("[p.grad.mul_(0.5) for p in model.parameters()]", False),
         ("[p.grad.mul_(1e-4 / p.grad.norm()) for p in model.parameters()]", True),
+        ("loss < 2.9 and nn.utils.clip_grad_value_(model.parameters(), 1e-3)", True),
+        ("model.head.weight.grad = None", True),
     ],
 )
 def test_gradients_that_a_script_changes_are_told(

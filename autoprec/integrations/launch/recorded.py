@@ -188,7 +188,7 @@ def _around_steps(recorder: Recorder, optimizers: Sequence[SeenOptimizer]) -> di
     if recorder.takes_of_norm is not None:
         logger.warning(
             "the script changes gradients before a step otherwise than by clip_grad_norm_ of all "
-            "(clips values, adds noise, LARC): its first step takes one of %.2g times the norm; "
+            "(clips values, drops some, LARC): a step takes one of %.2g times the norm; "
             "that is not followed, tuning trains without it at the script's learning rate",
             recorder.takes_of_norm,
         )

@@ -43,9 +43,9 @@ from autoprec.integrations.launch.script import StopScript
 from autoprec.integrations.launch.sharded import Policy, copy_sharded
 from autoprec.integrations.launch.tape import Tape, Taping
 from autoprec.integrations.launch.weights import (
-    are_scaled,
     gradient_norm,
     gradient_norms,
+    norm_taken,
     sum_of_weights,
 )
 from autoprec.model.layers import unwrapped
@@ -70,7 +70,7 @@ class Recorder:
         self.first: FirstCall | None = None
         self.optimizers: dict[Optimizer, SeenOptimizer] = {}  # the script's own
         self.clip_norm: float | None = None
-        self.takes_of_norm: float | None = None  # a first step whose gradient is not just scaled
+        self.takes_of_norm: float | None = None  # a step whose gradient is not just scaled
         self.batches: list[tuple[dict[int, SeenCall], Tape]] = []
         self.losses: list[float] = []
         self.first_norm = math.nan  # of the first batch's gradient
@@ -249,7 +249,7 @@ class Recorder:
             self.refuse("gradients must come from the loss alone, but a gradient hook changes one")
         if self._depth == 0 and len(self.batches) == 1 and self.model is not None:
             self.first_norm = gradient_norm(self.model)
-        if self._depth == 0 and not self.optimizers and self.model is not None:
+        if self._depth == 0 and self.model is not None:
             self._norms = gradient_norms(self.model)
 
     def _end_batch(self, tensors: Any, grad_tensors: Any = None, *_: Any, **__: Any) -> None:
@@ -337,7 +337,10 @@ class Recorder:
         self._stepping = optimizer
 
         def begin() -> None:
-            self._begin_step(optimizer)
+            is_first = len(self.batches) > self._batches_before  # that steps after this gradient
+            if is_first and self.model is not None and self.takes_of_norm is None:
+                self.takes_of_norm = norm_taken(self._norms, gradient_norms(self.model))
+            self._begin_step(optimizer, is_first=is_first)
 
         def refuse() -> None:
             name = type(optimizer).__name__
@@ -350,10 +353,9 @@ class Recorder:
             begin()
         return changed
 
-    def _begin_step(self, optimizer: Optimizer) -> None:
+    def _begin_step(self, optimizer: Optimizer, *, is_first: bool) -> None:
         if optimizer not in self.optimizers and (copies := copies_refusal(optimizer)):
             self.refuse(f"an optimizer must train the model's weights, but {copies}")
-        is_first = len(self.batches) > self._batches_before  # that steps after this gradient
         if not is_first and (not self._stepped or optimizer in self._stepped):
             self.refuse(
                 "optimizer.step() must follow the model's call in training mode and backward, but "
@@ -399,10 +401,6 @@ class Recorder:
             self.refuse(f"each weight must have one optimizer, but the script steps two ({names})")
         if not self.optimizers:
             self.micro_steps = len(self.batches) - self._batches_before
-            now = gradient_norms(self.model) if self.model is not None else {}
-            if not are_scaled(self._norms, now):
-                before = math.hypot(*self._norms.values())
-                self.takes_of_norm = math.hypot(*now.values()) / before if before else math.inf
         if self.model is not None and self.first is not None:
             self.optimizers[optimizer] = SeenOptimizer(optimizer, self.model, self.first.model)
 

@@ -35,7 +35,14 @@ def _numbers(tensor: Tensor) -> Tensor:
     return real_view(local_part(tensor.detach())).double()
 
 
-def are_scaled(before: Mapping[nn.Parameter, float], after: Mapping[nn.Parameter, float]) -> bool:
-    """Whether gradients are those before times one factor, as clipping their norm makes them."""
-    ratios = [after[p] / norm for p, norm in before.items() if p in after and norm > 0.0]
-    return not ratios or max(ratios) - min(ratios) <= SCALE_RTOL * max(ratios)
+def norm_taken(
+    before: Mapping[nn.Parameter, float], after: Mapping[nn.Parameter, float]
+) -> float | None:
+    """Return the norm after over that before.
+
+    None where gradients are those before times one factor, as clipping their norm makes them.
+    """
+    ratios = [after.get(p, 0.0) / norm for p, norm in before.items() if norm > 0.0]
+    if not ratios or max(ratios) - min(ratios) <= SCALE_RTOL * max(ratios):
+        return None
+    return math.hypot(*after.values()) / math.hypot(*before.values())
