@@ -188,6 +188,22 @@ def test_bf16_that_is_too_harmful_is_compared_to_fp32_as_in_the_table() -> None:
     )
 
 
+def test_bf16_that_is_too_harmful_is_named_with_a_mean_far_from_zero() -> None:
+    harmful: Row = {FP32: (1.5, 0.0), BF16_O2: (1.0, 0.5)}
+    profile, sensitivity = tables_of({"a": harmful, "b": TYPICAL})
+    far = OperandStatistics(
+        name="a",
+        operand=Operand.INPUT,
+        amax=9.0,
+        mean_over_std=8.0,
+        underflow={},
+        outlier_channels=(),
+        channels=32,
+    )
+    _, plan = planned((profile, sensitivity.model_copy(update={"statistics": (far,)})))
+    assert reason(plan, "a").endswith("; input: mean 8x its spread, which rounding is relative to")
+
+
 def test_a_layer_that_dominates_the_error_is_named_with_the_cause() -> None:
     harmful: Row = {FP32: (4.0, 0.0), BF16_O2: (2.0, 1e-5), TENSORWISE: (1.6, 2.8e-3)}
     profile, sensitivity = tables_of({"a": harmful, "b": TYPICAL, "c": TYPICAL})

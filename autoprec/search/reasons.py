@@ -149,11 +149,14 @@ def _too_harmful(why: Why, index: int, best: Option, own_ms: float) -> str:
 
 
 def _cause(why: Why, index: int, option: Option) -> str:
-    """Return what causes the error of an FP8 option; "" of other options."""
+    """Return what causes the error of a layer's option; of BF16's a mean far from zero alone."""
     name = why.costs.layers[index].name
     rows = [row for row in why.sensitivity.statistics if row.name == name]
-    cause = explain_statistics(rows, recipe=option.recipe) if option.is_fp8 else ""
-    return f"; {cause}" if cause else ""
+    if option.is_fp8:
+        causes = [explain_statistics(rows, recipe=option.recipe)]
+    else:
+        causes = [offset_of(row, least=FAR) for row in rows]
+    return "".join(f"; {cause}" for cause in causes if cause)
 
 
 def _bf16_to_fp32(why: Why, index: int, where: str = "") -> str:
