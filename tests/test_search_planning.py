@@ -201,7 +201,8 @@ def test_bf16_that_is_too_harmful_is_named_with_a_mean_far_from_zero() -> None:
         channels=32,
     )
     _, plan = planned((profile, sensitivity.model_copy(update={"statistics": (far,)})))
-    assert reason(plan, "a").endswith("; input: mean 8x its spread, which rounding is relative to")
+    told = "; input: mean 8.0x its spread, which rounding is relative to"
+    assert reason(plan, "a").endswith(told)
 
 
 def test_a_layer_that_dominates_the_error_is_named_with_the_cause() -> None:
