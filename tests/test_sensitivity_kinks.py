@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ from autoprec.records import (
 from autoprec.runtime import install_options
 from autoprec.sensitivity import doubts, tables
 from autoprec.sensitivity.check import bf16_within, check_table, measure_bf16
-from autoprec.sensitivity.choices import kept_choices, recorded_choices
+from autoprec.sensitivity.choices import Choice, kept_choices, recorded_choices
 from autoprec.sensitivity.doubts import guessed_cells
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.kinks import TwoSteps
@@ -130,7 +130,9 @@ def test_all_casts_of_a_layer_tell_together_which_part_of_their_squares_kinks_ar
     assert replace(steps, changes=[(13.0, 13.0)]).added([x], 4.0) == 0.0  # a smooth network
 
 
-def routed(seen: Callable[[Tensor], Tensor] = lambda scores: scores) -> Reference:
+def routed(
+    seen: Callable[[Tensor], Tensor] = lambda scores: scores, *, is_checkpointed: bool = False
+) -> Reference:
     """Return a warmed-up mixture whose experts take the rows that a router gives them.
 
     The choice is made by what is `seen` of its scores.
@@ -144,7 +146,13 @@ def routed(seen: Callable[[Tensor], Tensor] = lambda scores: scores) -> Referenc
             self.router = nn.Linear(32, 4)
 
         def forward(self, x: Tensor) -> Tensor:
+            return (
+                checkpoint(self.mixed, x, use_reentrant=False) if is_checkpointed else self.mixed(x)
+            )
+
+        def mixed(self, x: Tensor) -> Tensor:
             scores = self.router(x)
+            scores = scores - 0.5 * scores.max(-1, keepdim=True).values
             which = seen(scores).topk(2).indices
             weights, out = scores.gather(-1, which).softmax(-1), torch.zeros_like(x)
             for number, expert in enumerate(self.experts):
@@ -191,9 +199,10 @@ def test_what_errors_do_to_choices_is_what_they_do_to_the_scores() -> None:
     for name, option in cells:
         changes = list[float]()
 
-        def see(_: int, x: Tensor, dim: int | None, changes: list[float] = changes) -> None:
-            assert dim == -1
-            change = x - choices.compared[0]
+        def see(_: int, choice: Choice, changes: list[float] = changes) -> None:
+            assert choice.dim == -1
+            (before,) = choices.compared.values()
+            change = choice.x - before
             changes.append(float((change - change.mean(-1, keepdim=True)).square().sum()))
 
         options = {name: option}
@@ -207,6 +216,35 @@ def test_what_errors_do_to_choices_is_what_they_do_to_the_scores() -> None:
         # BF16's of four scores are four groups
         assert reached == pytest.approx(changes[0] / moved, rel=0.35 if option.is_fp8 else 1.5)
         assert (reached > 0.0) == (name in ("0", "1.router"))
+
+
+def test_choices_that_checkpointing_makes_again_are_those_of_the_pass() -> None:
+    rows = []
+    for is_checkpointed in (False, True):
+        reference = routed(is_checkpointed=is_checkpointed)
+        cells = list_cells(reference.spec, [fp8_option(Recipe.ROWWISE)])
+        found = make_rows(probe_batches(reference, cells, probes=1), cells)
+        rows.append({row.cell: row.grad_error.mean for row in found})
+    assert rows[1] == pytest.approx(rows[0])
+
+
+def test_the_largest_value_alone_is_a_kink_and_not_a_choice() -> None:
+    class Pooled(nn.Module):
+        def __init__(self, largest: Callable[[Tensor], Tensor]) -> None:
+            super().__init__()
+            self.each, self.all, self.largest = nn.Linear(16, 32), nn.Linear(32, 16), largest
+
+        def forward(self, x: Tensor) -> Tensor:
+            return cast(Tensor, self.all(self.largest(self.each(x.view(-1, 4, 16)))))
+
+    rows = []
+    for largest in (partial(torch.amax, dim=1), lambda x: x.max(1).values):
+        reference = reference_of(partial(Pooled, largest))
+        cells = list_cells(reference.spec, [fp8_option(Recipe.ROWWISE)])
+        probes = probe_batches(reference, cells, probes=1)
+        assert not any(probe.jumps for probe in probes)
+        rows.append({row.cell: row.grad_error.mean for row in make_rows(probes, cells)})
+    assert rows[1] == pytest.approx(rows[0])
 
 
 def test_choices_by_what_has_no_gradient_are_expected_by_the_smooth_errors() -> None:
@@ -227,7 +265,7 @@ def test_neither_a_largest_value_nor_an_accuracy_is_a_choice_that_layers_move() 
         best = hidden.topk(2, -1)
         found = second(torch.zeros(4, 8).scatter(-1, best.indices, best.values))
         assert len(found.argmax(-1).eq(0)) == 4
-    assert len(choices.indices) == 3
+    assert choices.indices.keys() == {1, 2}
     assert choices.compared.keys() == {1}
     assert torch.equal(choices.compared[1], hidden)
     assert choices.behind(choices.compared) == {"first": 1.0, "second": 0.0}
@@ -287,7 +325,7 @@ def test_thresholds_of_what_weights_make_are_seen_and_not_kept() -> None:
     with recorded_choices({"layer": layer}) as choices:
         gate = gated(x, 1.0)
         layer(x).clamp(-1.0, 1.0).sum().backward()  # whose backward compares too
-    assert choices.indices == []
+    assert not choices.indices
     assert choices.followed == 3  # before the last call
     with kept_choices(choices):
         assert torch.equal(gated(x, -1.0), ~gate)

@@ -42,7 +42,7 @@ class Constants:
 
     def see(self, func: Any, args: object, result: object) -> None:  # Any: torch's own
         """See one operation."""
-        if torch._C._current_graph_task_id() != NO_BACKWARD:
+        if is_in_backward():
             return  # what is computed again there had its constants in forward
         taken, made = _floating(args), _floating(result)
         is_moved = any(x.requires_grad or x in self._other_names for x in taken)
@@ -82,6 +82,11 @@ class Constants:
         nodes = (node for node in nodes_behind(self._used) if hasattr(node, "variable"))
         owned = {id(node.variable) for node in nodes}
         return {n for n, m in layers.items() if any(id(p) in owned for p in m.parameters())}
+
+
+def is_in_backward() -> bool:
+    """Whether a backward pass runs, or what checkpointing computes again within it."""
+    return torch._C._current_graph_task_id() != NO_BACKWARD
 
 
 def _is_in_function() -> bool:

@@ -30,7 +30,7 @@ from autoprec.device.ranks import (
 from autoprec.model.layers import layer_named
 from autoprec.model.recording import Call
 from autoprec.runtime.shards import whole_again
-from autoprec.sensitivity.choices import Choices, kept_choices, less_mean
+from autoprec.sensitivity.choices import Choice, Choices, kept_choices
 from autoprec.sensitivity.hooks import after_hooks, direction_after_hooks, has_hooks
 from autoprec.sensitivity.local import Norm
 from autoprec.sensitivity.parked import InTurn
@@ -140,11 +140,11 @@ def run_moved(step: Pass, *, code: int, are_changes: bool, times: float = 1.0) -
     size = _step_size(step) / times
     at_choices = dict.fromkeys(step.choices.compared, 0.0)
 
-    def compare(place: int, x: Tensor, dim: int | None) -> None:
+    def compare(place: int, choice: Choice) -> None:
         # -inf where a mask forbids a choice
-        change = (x.detach() - step.choices.compared[place]).nan_to_num_(0.0)
-        square = float(less_mean(change, dim).square().sum())
-        at_choices[place] = square if square == 0.0 or x.requires_grad else math.inf
+        change = (choice.x.detach() - step.choices.compared[place]).nan_to_num_(0.0)
+        square = float(choice.less_mean(change).square().sum())
+        at_choices[place] = square if square == 0.0 or choice.x.requires_grad else math.inf
 
     with (
         differentiated_calls(step.layers, is_parked=step.reference.is_parked) as watched,
@@ -175,12 +175,12 @@ def run_from_choices(step: Pass, moved: Moved, *, code: int) -> Moved | None:
     generator = torch.Generator().manual_seed(step.reference.context.seed * 7907 + code)
     also: list[tuple[GradientEdge, Tensor]] = []
 
-    def see(place: int, x: Tensor, dim: int | None) -> None:
-        if place not in scales:
-            return
-        signs = torch.empty(x.shape, dtype=torch.int8).random_(0, 2, generator=generator)
-        signs = less_mean(signs.to(x.device, torch.float32).mul_(2.0).sub_(1.0), dim)
-        also.append((get_gradient_edge(x), signs.mul_(scales[place]).to(x.dtype)))
+    def see(place: int, choice: Choice) -> None:
+        if place in scales:
+            x = choice.x
+            signs = torch.empty(x.shape, dtype=torch.int8).random_(0, 2, generator=generator)
+            signs = choice.less_mean(signs.to(x.device, torch.float32).mul_(2.0).sub_(1.0))
+            also.append((get_gradient_edge(x), signs.mul_(scales[place]).to(x.dtype)))
 
     with (
         differentiated_calls(step.layers, is_parked=step.reference.is_parked) as watched,
