@@ -251,3 +251,10 @@ def test_an_element_of_nothing_but_rounding_noise_is_held_down_by_the_floor() ->
     )
     typical = float(roots[roots > 0].mean()) / math.sqrt(1 - 0.999**21)
     assert float(weight[0]) ** -2 == pytest.approx(FLOOR * typical, rel=0.01)
+
+
+def test_an_optimizer_that_keeps_the_generator_it_was_handed_is_measured_and_copied() -> None:
+    model, optimizer, _ = trained_model(KINDS["Lion"])
+    optimizer.handed = model.parameters()  # type: ignore[attr-defined]  # as Adam-mini does
+    assert read_preconditioner(optimizer).note == ""
+    assert len(copy_optimizer(optimizer, model, Uneven()).state) == len(optimizer.state)

@@ -8,7 +8,7 @@ import copy
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from types import MethodType
+from types import GeneratorType, MethodType
 from typing import Any
 
 import torch
@@ -63,13 +63,15 @@ def twin_of(optimizer: Optimizer, memo: dict[int, Any], **instead: Any) -> Optim
     """Return a copy of an optimizer, without hooks and patched methods.
 
     Any subclass of `Optimizer` works, whatever its constructor wants: its attributes are copied,
-    but those that are given `instead`. What `memo` has under an object's id is that object's copy.
+    but those that are given `instead` and generators, which nothing can copy (the parameters that
+    its constructor was handed). What `memo` has under an object's id is that object's copy.
     """
     own = {
         name: value
         for name, value in vars(optimizer).items()
         if not name.startswith(REMADE) and name not in instead and not is_patch(optimizer, name)
     }
+    memo.update({id(value): value for value in own.values() if isinstance(value, GeneratorType)})
     twin: Optimizer = object.__new__(type(optimizer))
     vars(twin).update(copy.deepcopy(own, memo), **instead)
     twin.__setstate__({})  # makes hooks and the profiled step, as after unpickling
