@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -240,6 +241,27 @@ def test_integers_of_a_batch_are_known_where_they_decide_shapes_or_are_checked()
     spec = capture_on_meta(workload)
     check_same(spec, capture_model(Context(workload, CPU)))
     assert str(spec.layer("head").gemm) == "16x32x64"
+
+
+def test_a_ctc_loss_has_the_same_spec_on_meta_as_for_real() -> None:
+    def train_batches(seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            sound = torch.randn(4, 32, 16, generator=generator)
+            letters = torch.randint(1, 16, (4, 8), generator=generator)
+            yield sound, letters, torch.tensor([8, 5, 6, 3])
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        sound, letters, lengths = batch
+        log_probs = model(sound).float().log_softmax(-1).transpose(0, 1)
+        steps = torch.full((4,), 32)
+        return F.ctc_loss(log_probs, letters, steps, lengths, zero_infinity=True)
+
+    functions = {"train_batches": train_batches, "loss_fn": loss_fn}
+    workload = workload_with(
+        build_model=lambda: nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16)), **functions
+    )
+    check_same(capture_on_meta(workload), capture_model(Context(workload, CPU)))
 
 
 def test_the_integers_of_a_batch_are_not_written_into() -> None:

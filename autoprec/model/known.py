@@ -18,6 +18,7 @@ MOST_ELEMENTS = 2**22  # of a tensor whose values are kept
 aten = torch.ops.aten
 READ = aten._local_scalar_dense.default
 INDEXED = aten.index.Tensor, aten.index_put.default, aten.index_put_.default
+CTC, CTC_BACKWARD = aten._ctc_loss.Tensor, aten._ctc_loss_backward.Tensor
 CPU = torch.device("cpu")
 
 
@@ -50,7 +51,7 @@ class KnownValues(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
         if is_known and torch.Tag.dynamic_output_shape in func.tags:  # values decide, and are known
             out = pytree.tree_map_only(Tensor, _without_values, self._computed(func, args, kwargs))
         else:
-            out = func(*args, **kwargs)
+            out = self._run(func, *args, **kwargs)
         if is_known and _can_repeat(func, out):
             values = pytree.tree_leaves(self._computed(func, args, kwargs))
             for tensor, value in zip(pytree.tree_leaves(out), values, strict=True):
@@ -65,6 +66,19 @@ class KnownValues(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
             with fake_tensor.unset_fake_temporarily():
                 values = own.detach().to(CPU, copy=True)
             tensor.known = self._era, values  # type: ignore[attr-defined]  # set as in dispatch
+
+    def _run(self, func: Any, *args: Any, **kwargs: Any) -> Any:  # Any: torch's own protocol
+        """Run an operation; give what has the shapes of a CTC loss, which torch lacks on meta."""
+        if func is CTC:
+            log_probs, targets, _, lengths = args[:4]
+            known, longest = self._value(lengths), targets.shape[-1]
+            if known is not None:
+                with fake_tensor.unset_fake_temporarily():
+                    longest = int(known.max())
+            # of every step, the states of a target: its letters, blanks between them
+            steps, batch = log_probs.shape[0], log_probs.shape[1:-1]
+            return log_probs.new_empty(batch), log_probs.new_empty(*batch, steps, 2 * longest + 1)
+        return torch.empty_like(args[1]) if func is CTC_BACKWARD else func(*args, **kwargs)
 
     def _value(self, tensor: Tensor) -> Tensor | None:
         era, value = getattr(tensor, "known", (-1, None))
