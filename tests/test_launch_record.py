@@ -337,10 +337,11 @@ def test_a_parametrized_weight_that_is_read_is_no_model(tmp_path: Path) -> None:
 
 def test_a_model_that_keeps_what_has_no_copy_is_recorded(tmp_path: Path) -> None:
     body = HEAD + (
-        "import threading\n"
+        "import multiprocessing, threading\n"
         "class Config(dict):\n"
         "    __getattr__ = dict.__getitem__\n"  # so it has no __deepcopy__, with a KeyError
         "model.config, model.head.lock = Config(width=64), threading.Lock()\n"
+        "model.first.shared = multiprocessing.Lock()\n"
     )
     workload = record(tmp_path, body + LOOP)
     one, other = workload.build_model(), workload.build_model()

@@ -24,8 +24,9 @@ from autoprec.model.layers import own_type
 
 MARKS = ("_is_fsdp_managed_module", "_fsdp_use_orig_params", "__composable_api_state_key")
 STATE = ("_parameters", "_buffers", "_modules")
-# A lock has no copy; a config whose `__getattr__` is a look-up in its dict has no `__deepcopy__`.
-REFUSALS = (TypeError, AttributeError, LookupError, copy.Error)
+# A lock has no copy, nor a writer's queue of another process (a RuntimeError) or a pointer of C's
+# (a ValueError); a config whose `__getattr__` is a look-up in its dict has no `__deepcopy__`.
+REFUSALS = (TypeError, AttributeError, LookupError, RuntimeError, ValueError, copy.Error)
 Memo = dict[int, Any]  # Any: `deepcopy` finds its copies there, by the originals' ids
 
 
