@@ -640,6 +640,29 @@ def test_rows_with_hardly_a_kink_say_nothing_of_those_with_many(
     assert found.errors[cells[4]] == 2e-3
 
 
+def test_rows_with_choices_say_little_of_kinks_on_one_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rowwise = fp8_option(Recipe.ROWWISE)
+    # what was measured over what the probes have: one factor of kinks, and a scatter of choices
+    logs = {"kink0": -0.9, "kink1": -0.8, "kink2": -1.0, "kink3": -0.9}
+    logs |= {"choice0": 0.6, "choice1": -1.5, "choice2": 0.2}
+    names = [*logs, "other"]
+    rows = tuple(
+        LayerSensitivity(name=name, option=rowwise, grad_error=Estimate(mean=2e-3, stderr=1e-3))
+        for name in names
+    )
+    kinks = {(name, rowwise): 0.45 if name.startswith("choice") else 1.0 for name in names}
+    chosen = {(name, rowwise): 1.0 for name in names if name.startswith("choice")}
+    exact = {(name, rowwise): Estimate(mean=1e-3 * math.exp(log)) for name, log in logs.items()}
+    monkeypatch.setattr(tables, "_exact_errors", lambda *_: exact)
+    reference, first = SimpleNamespace(batches=range(2)), dict.fromkeys(kinks, 1e-3)
+    for choices, factor in ((chosen, math.exp(-0.9)), ({}, 1.0)):
+        table = Table(Method.SIGN_CODED, rows, (), kinks=kinks, choices=choices)
+        found = refine_table(reference, table, [*exact], batches=1, probed=first)  # type: ignore[arg-type]  # only counts
+        assert found.errors["other", rowwise] == pytest.approx(2e-3 * factor, rel=0.05)
+
+
 def test_the_table_is_checked_both_ways_and_says_what_stays_outside() -> None:
     reference = prepared(nn.SiLU)
     cells = list_cells(reference.spec, [fp8_option(Recipe.ROWWISE)])

@@ -40,7 +40,7 @@ from autoprec.sensitivity.reference import Reference
 from autoprec.sensitivity.room import agreed_groups
 from autoprec.sensitivity.rows import CHOICE_DOUBT, added_shares, finite, make_rows
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 LAYERS_PER_PROBE = 16  # in deep models layers are alike: their order takes more probes
 MOST_PROBES = 9  # per batch; 101 linears: 4 found 21 of the top 25 of a recipe, 9 found 23
@@ -109,7 +109,7 @@ def make_table(reference: Reference, cells: Sequence[Cell], method: Method | Non
     partly = partly_fp8(cells)
     one_by_one = (len(cells) - len(partly)) * len(reference.batches) + len(partly)
     if change_backward(reference.model, lambda: reference.run(0, keep=())):
-        log.warning(
+        logger.warning(
             "hooks at modules' backward change gradients, which no probe sees: every layer is "
             "measured by itself, in %d passes",
             one_by_one,
@@ -216,18 +216,21 @@ def _with_kinks_as_measured(
     What probes make of kinks is too high where a layer's error reaches few of those behind it, as
     in branches of small weight: by one factor in all layers that are alike (kinks.py). So the
     logarithms of measured over `probed`, on one batch, are fitted by a multiple of the part of a
-    row that its kinks are; of that, what its standard error leaves is taken (James and Stein).
+    row that its kinks are; of that, what its standard error leaves is taken (James and Stein). Rows
+    with choices scatter more on one batch, and count for less.
     """
-    pairs = [
-        (table.kinks.get(cell, 0.0), math.log(error.mean / probed[cell]))
+    found = [  # of each row its kinks' part, the logarithm, and how much that counts
+        (table.kinks.get(cell, 0.0), math.log(error.mean / probed[cell]), _counts(table, cell))
         for cell, error in exact.items()
         if min(error.mean, probed[cell]) > 0.0
     ]
-    weight = math.fsum(part * part for part, _ in pairs)
-    slope = math.fsum(part * found for part, found in pairs) / weight if weight > 0.0 else 0.0
-    if len(pairs) < FEWEST_FITTED or slope == 0.0:
+    weight = math.fsum(counts * part * part for part, _, counts in found)
+    common = math.fsum(counts * part * log for part, log, counts in found)
+    slope = common / weight if weight > 0.0 else 0.0
+    if len(found) < FEWEST_FITTED or slope == 0.0:
         return table
-    left = math.fsum((found - slope * part) ** 2 for part, found in pairs) / (len(pairs) - 1)
+    left = math.fsum(counts * (log - slope * part) ** 2 for part, log, counts in found)
+    left *= len(found) / (len(found) - 1) / math.fsum(counts for *_, counts in found)
     # rows have no factor in common (0.7 there, 0.1 to 0.2 where they have), or too few kinks to
     # tell of the rows that have many
     if max(left, (ONE_BATCH * max(table.kinks.values())) ** 2 / weight) > SPREAD**2:
@@ -237,6 +240,11 @@ def _with_kinks_as_measured(
     rows = tuple(multiplied(row, factors.get(row.cell, 1.0)) for row in table.rows)
     kinks = {c: max(1.0 - (1.0 - part) / factors[c], 0.0) for c, part in table.kinks.items()}
     return replace(table, rows=rows, kinks=kinks)
+
+
+def _counts(table: Table, cell: Cell) -> float:
+    """Return how much a row on one batch tells, beside one without choices."""
+    return (ONE_BATCH / math.hypot(ONE_BATCH, CHOICE_DOUBT * table.choices.get(cell, 0.0))) ** 2
 
 
 def measure_unseen(reference: Reference, table: Table, names: Collection[str]) -> Table:
@@ -318,7 +326,7 @@ def _probed(reference: Reference, cells: Sequence[Cell], *, probes: int) -> list
         # here the error and its frames are gone, and what they held can be given back
         release_memory(reference.context.device)
         if reference.groups == before:
-            log.warning("memory ran out: the layers are probed again, fewer at a time")
+            logger.warning("memory ran out: the layers are probed again, fewer at a time")
         reference.groups = min(2 * reference.groups, len(reference.spec.layers))
 
 
