@@ -508,6 +508,9 @@ def test_what_16_bits_without_masters_cost_is_told_beside_a_plan_that_is_faster(
         "trained as now, the loss gap to FP32 is +1.3 % (+0.90 % to +1.7 %), with the plan +0.021 %"
     )
     assert ("now", said, "") in answer_facts(found)
+    masters = "4 bytes a parameter beside what is run now, and the optimizer's states in FP32"
+    assert ("masters", masters, "") in answer_facts(found)
+    assert "masters" not in [key for key, _, _ in answer_facts(summarise_run(make_run()))]
     assert summary_object(found.run, "out")["as_written_gap"]["mean"] == ABOVE.mean
     # but not where it is a proxy's alone
     assert found.run.profile

@@ -119,6 +119,15 @@ def written_loss(run: RunRecords) -> str:
     return f"{where} the loss gap to FP32 is {gap}, with the plan {own}"
 
 
+def masters_sentence(run: RunRecords) -> str:
+    """Return what a plan's masters take that 16-bit parameters alone do not; "" of other plans."""
+    written = run.profile.model.as_written if run.profile else None
+    is_16_bit = run.plan is not None and any(option != FP32 for option in run.plan.options)
+    if not (is_16_bit and written and written.parameters):
+        return ""
+    return "4 bytes a parameter beside what is run now, and the optimizer's states in FP32"
+
+
 def _beside_now(promise: Promise) -> str:
     """Return the loss of a plan that is ahead of the user's own training, beside that, in short."""
     own, now = promise.gap, promise.written_gap

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from autoprec.records import Basis, Verdict
 from autoprec.report import formats
-from autoprec.report.answer import Advice, written_loss
+from autoprec.report.answer import Advice, masters_sentence, written_loss
 from autoprec.report.summary import Summary, apply_line
 from autoprec.report.text_table import BAD, STYLES, Line, print_parts, shown_text
 
@@ -63,6 +63,7 @@ def answer_facts(found: Summary) -> Iterator[tuple[str, str, str]]:
         ("time", _time_text(found), ""),
         ("proof", promise.sentence if has_plan else "", STYLES[promise.verdict]),
         ("now", "" if (now := written_loss(found.run)) in answer.headline else now, ""),
+        ("masters", masters_sentence(found.run), ""),
         ("refuted", found.refuted, ""),
         ("check", sensitivity.table_check if sensitivity else "", ""),
         ("BF16", found.bf16_answer.removeprefix("BF16 O2 "), ""),  # why a faster one is no plan
