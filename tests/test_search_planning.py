@@ -292,7 +292,7 @@ def test_a_guilty_layer_says_so() -> None:
 def test_fp8_that_pays_says_on_how_many_layers() -> None:
     _, plan = planned(tables_of({"a": TYPICAL, "b": SLOW_FP8}))
     assert plan.notes[0] == (
-        "FP8 pays on 1 of 2 linear layers: 1 ms a step less in them than in BF16 (measured)"
+        "FP8 pays on 1 of 2 linear layers: 1.00 ms a step less in them than in BF16 (measured)"
     )
 
 
@@ -300,8 +300,8 @@ def test_fp8_that_pays_says_on_how_many_layers() -> None:
 def test_forced_fp8_that_is_slower_never_pays(has_faster: bool) -> None:
     rows = {"a": SLOW_FP8, "b": SLOW_FP8, **({"c": TYPICAL} if has_faster else {})}
     _, plan = planned(tables_of(rows), keep=("*=fp8_o1:tensorwise",))
-    forced = "the 2 layers in FP8 because of --keep are 2.4 ms a step slower than in BF16 (a, b)"
-    pays = "FP8 pays on 1 of 3 linear layers: 1 ms a step less in them than in BF16 (measured)"
+    forced = "the 2 layers in FP8 because of --keep are 2.40 ms a step slower than in BF16 (a, b)"
+    pays = "FP8 pays on 1 of 3 linear layers: 1.00 ms a step less in them than in BF16 (measured)"
     assert plan.notes[0] == (
         f"{pays}; {forced}" if has_faster else f"FP8 is not worth it here: {forced}"
     )
@@ -364,13 +364,13 @@ def test_fp8_that_is_slower_everywhere_is_not_worth_it() -> None:
     _, plan = planned((profile, sensitivity))
     answer = (
         "FP8 is not worth it here: on the 2 layers that can take it the fastest recipe needs "
-        "6.4 ms (measured), the plan 4 ms (measured)"
+        "6.40 ms (measured), the plan 4.00 ms (measured)"
     )
     assert plan.notes[0] == answer
     steps = tuple(step(label, ms, CPU) for label, ms in (("fp8_o1", 9.0), ("bf16_o2", 6.0)))
     _, plan = planned((profile.model_copy(update={"steps": steps}), sensitivity))
     assert plan.notes[0] == (
-        f"{answer}; the whole step with FP8 takes 1.5x as long as in BF16 O2 (measured)"
+        f"{answer}; the whole step with FP8 takes 1.50x as long as in BF16 O2 (measured)"
     )
     steps = tuple(step(label, ms, CPU) for label, ms in (("fp8_o1", 5.0), ("bf16_o2", 6.0)))
     _, plan = planned((profile.model_copy(update={"steps": steps}), sensitivity))
@@ -402,8 +402,8 @@ def test_where_fp32_is_the_plan_fp8_is_beside_fp32_and_measured_steps_beat_predi
 def test_fp8_that_costs_too_much_error_is_not_worth_it() -> None:
     _, plan = planned(tables_of({"a": TYPICAL}), budget=5e-4)
     assert plan.notes[0] == (
-        "FP8 is not worth it here: it is faster on the 1 layer (1 ms a step in all, measured), but "
-        "not by enough for the gradient error it adds (budget 0.050 %)"
+        "FP8 is not worth it here: it is faster on the 1 layer (1.00 ms a step in all, measured), "
+        "but not by enough for the gradient error it adds (budget 0.050 %)"
     )
 
 
@@ -453,7 +453,7 @@ def test_a_plan_that_is_slower_than_bf16_for_its_error_says_so() -> None:
 @pytest.mark.parametrize(
     ("row", "budget", "words"),
     [
-        (SLOW_BF16, 4e-3, "by its layers the step takes 1x as long in BF16 O2 as in FP32"),
+        (SLOW_BF16, 4e-3, "by its layers the step takes 1.00x as long in BF16 O2 as in FP32"),
         (
             TYPICAL,
             5e-6,

@@ -222,7 +222,7 @@ def test_a_plan_without_fp8_says_what_communication_would_take() -> None:
         planned(predicted(at).model_copy(update={"speedup_error": 0.4})) for at in (HIDDEN, SHOWN)
     )
     assert {option.is_fp8 for plan in (hidden, shown) for option in plan.options} == {False}
-    said = "but FSDP's communication, which hides behind it, takes 12.31 ms of that, and the rest"
+    said = "but FSDP's communication, which hides behind it, takes 12.3 ms of that, and the rest"
     assert said in shown.notes[0]
     assert "communication" not in hidden.notes[0]
 

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Sized
 
-from autoprec.common.text import compared, first_and_more, percent
+from autoprec.common.text import compared, first_and_more, percent, significant
 from autoprec.model.roles import Role, role_of
 from autoprec.predict import Parallel, parse_parallel
 from autoprec.predict.memory import memory_note
@@ -69,7 +69,7 @@ def fp8_note(profile: Profile, problem: Problem, search: Search, options: Option
     linears = sum(layer.kind is LayerKind.LINEAR for layer in costs.layers)
     pays = (
         f"FP8 pays on {len(saved)} of {linears} linear layer{'' if linears == 1 else 's'}: "
-        f"{sum(gains[i] for i in saved):.3g} ms a step less in them than in BF16 "
+        f"{_ms(sum(gains[i] for i in saved))} a step less in them than in BF16 "
         f"({_basis(price for i in saved for price in pairs[i])})"
     )
     return f"{pays}; {forced}" if forced else pays
@@ -84,7 +84,7 @@ def _forced_note(problem: Problem, gains: Mapping[int, float]) -> str:
     is_kept = all(name in problem.keeps.of_layer for name in names)
     return (
         f"{_count(names)} in FP8 because of {'--keep' if is_kept else 'the memory limit'} "
-        f"{'is' if len(names) == 1 else 'are'} {-sum(gains.values()):.4g} ms a step slower than in "
+        f"{'is' if len(names) == 1 else 'are'} {_ms(-sum(gains.values()))} a step slower than in "
         f"BF16 ({first_and_more(names)})"
     )
 
@@ -150,9 +150,13 @@ def _unsure_note(profile: Profile, costs: Costs, search: Search, options: Option
     )
     return (
         f"{_count(range(stay))} that might be faster out of BF16 stay{'s' if stay == 1 else ''} in "
-        f"it: a layer leaves it only for a gain {sure}; that gives up {given_up:.3g} ms "
+        f"it: a layer leaves it only for a gain {sure}; that gives up {_ms(given_up)} "
         f"({percent(given_up / step_ms)}) of the step, on paper"
     )
+
+
+def _ms(value: float) -> str:
+    return f"{significant(value, 3)} ms"
 
 
 def _why_no_fp8(profile: Profile, problem: Problem, search: Search, options: Options) -> str:
@@ -168,7 +172,7 @@ def _why_no_fp8(profile: Profile, problem: Problem, search: Search, options: Opt
     gains = {i: own[i].with_casts_ms - best[i].ms for i in eligible}
     faster = [i for i in eligible if gains[i] > 0.0]
     basis = _basis(price for i in faster for price in (best[i], own[i]))
-    gain = f"{sum(gains[i] for i in faster):.4g} ms a step in all, {basis}"
+    gain = f"{_ms(sum(gains[i] for i in faster))} a step in all, {basis}"
     # slower everywhere, faster within the noise, kept out, or too harmful: the first that holds
     if not faster:
         steps = _steps(profile, options)
@@ -178,8 +182,8 @@ def _why_no_fp8(profile: Profile, problem: Problem, search: Search, options: Opt
         if is_known and _basis(best.values()) is Basis.PREDICTED:  # the step is the better witness
             return f"no FP8 recipe seems faster on {_count(eligible)} that can take it{steps}"
         return (
-            f"on {_count(eligible)} that can take it the fastest recipe needs {best_ms:.4g} ms "
-            f"({_basis(best.values())}), the plan {own_ms:.4g} ms ({_basis(own.values())}){steps}"
+            f"on {_count(eligible)} that can take it the fastest recipe needs {_ms(best_ms)} "
+            f"({_basis(best.values())}), the plan {_ms(own_ms)} ({_basis(own.values())}){steps}"
         )
     if all(min(p.counted_ms for p in fp8[i]) >= own[i].with_casts_ms for i in faster):
         return (
@@ -203,7 +207,7 @@ def _but(problem: Problem, search: Search, options: Options, faster: Sequence[in
     if lost <= 0.0:
         return f"not by enough {budget}"
     return (
-        f"FSDP's communication, which hides behind it, takes {lost:.4g} ms of that, and the rest "
+        f"FSDP's communication, which hides behind it, takes {_ms(lost)} of that, and the rest "
         f"is not enough {budget}"
     )
 
@@ -236,7 +240,7 @@ def _steps(profile: Profile, options: Options) -> str:
     if fp8 is None or other is None or other.timing.median_ms <= 0.0:
         return ""
     ratio = fp8.timing.median_ms / other.timing.median_ms
-    took = f"{ratio:.3g}x as long as in {title} ({fp8.timing.basis})"
+    took = f"{significant(ratio, 3)}x as long as in {title} ({fp8.timing.basis})"
     if ratio < 1.0:  # a reader would take the two for a contradiction, and be right
         return f"; whole steps do not show that: with FP8 they take {took}"
     return f"; the whole step with FP8 takes {took}"
@@ -251,7 +255,7 @@ def _why_no_bf16(problem: Problem, search: Search, options: Options) -> str:
     if bf16_ms >= fp32_ms:
         return (
             "BF16 is not worth it here: by its layers the step takes "
-            f"{bf16_ms / max(fp32_ms, SHORTEST_MS):.3g}x as long in BF16 O2 as in FP32"
+            f"{significant(bf16_ms / max(fp32_ms, SHORTEST_MS), 3)}x as long in BF16 O2 as in FP32"
         )
     if over := _over_budget(problem, search, uniform):
         why = over
@@ -294,8 +298,8 @@ def _communication_note(costs: Costs, options: Options) -> str:
     if not has_fp8 or min(lost, saved) <= 0.0 or lost < NOTABLE * saved:
         return ""
     return (
-        f"the FP8 layers save {saved:.4g} ms a step, but FSDP's communication hides less behind "
-        f"them than behind BF16 and takes {lost:.4g} ms of it"
+        f"the FP8 layers save {_ms(saved)} a step, but FSDP's communication hides less behind "
+        f"them than behind BF16 and takes {_ms(lost)} of it"
     )
 
 
@@ -331,7 +335,7 @@ def _kernel_note(profile: Profile, chosen: Mapping[str, Option]) -> str:
     kernels = first_and_more(dict.fromkeys(layer.made_by for layer in layers))
     return (
         f"{_count(layers)} in FP8 whose input comes from {kernels}, into which torch.compile fuses "
-        f"no cast, pay up to {unsure_ms:.3g} ms a step for that: predicted from memory traffic, as "
+        f"no cast, pay up to {_ms(unsure_ms)} a step for that: predicted from memory traffic, as "
         "no published pair shows it"
     )
 
