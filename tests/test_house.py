@@ -88,6 +88,18 @@ def test_a_saved_run_needs_no_torch() -> None:
     assert [home for home in TORCH_FREE if not any(_is_in(m, (home,)) for m in free)] == []
 
 
+def test_files_and_functions_stay_short() -> None:
+    long = list[str]()
+    for _, path in _rooms():
+        text = path.read_text()
+        long += [f"{path.name} has over 450 lines"] * (len(text.splitlines()) > 450)
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                long += [f"{path.name}: {node.name} has over 50 lines"] * (lines > 50)
+    assert long == []
+
+
 def test_the_repository_speaks_of_the_project_alone() -> None:
     root = PACKAGE.parent
     words = ("/".join(("..", "shared")), "/".join(("", "work", "")), "/".join(("", "root", "")))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from autoprec.sensitivity.reference import DIVERGED, ratio_estimate
+from autoprec.sensitivity.estimates import DIVERGED, ratio_estimate
 
 REPEATS = 2000
 BATCHES = 8

@@ -31,9 +31,10 @@ from autoprec.sensitivity import room, tables
 from autoprec.sensitivity.batching import measure_batch_effect
 from autoprec.sensitivity.casts import gemm_casts
 from autoprec.sensitivity.choices import recorded_choices
+from autoprec.sensitivity.estimates import ratio_estimate
 from autoprec.sensitivity.local import Cell, components_of, list_cells
 from autoprec.sensitivity.probes import BatchProbe, operand_statistics, probe_batches
-from autoprec.sensitivity.reference import Reference, prepare_reference, ratio_estimate
+from autoprec.sensitivity.reference import Reference, prepare_reference
 from autoprec.sensitivity.replay import differentiated_calls, replay
 from autoprec.sensitivity.rows import estimate, make_rows
 from autoprec.workload.functions import Workload

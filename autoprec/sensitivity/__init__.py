@@ -13,6 +13,7 @@ parked          tensors that wait away from the device
 
     the table
 tables          the two ways to it, exact and by probes, and the choice between them
+estimates       an error over batches, and how sure it is
 doubts          which rows of the probes are measured by themselves after them
 probes          the depth-free way: all layers and options from a few sign-coded probes
 moves           a pass with the weights moved along a probe's signs

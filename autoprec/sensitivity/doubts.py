@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from autoprec.records import Gemm, LayerSensitivity, Operand, OperandStatistics, Option
 from autoprec.sensitivity.casts import Sides, gemm_casts
+from autoprec.sensitivity.estimates import DIVERGED
 from autoprec.sensitivity.local import Cell, partly_fp8
-from autoprec.sensitivity.reference import DIVERGED
 
 # Where the response has few dimensions, two codes differ by more than this part of their mean in
 # all rows at once: 0.1 to 0.2 in decoders, 0.4 to 0.7 in a regression of images.

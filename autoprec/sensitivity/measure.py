@@ -20,9 +20,10 @@ from autoprec.records.sensitivity import (
 )
 from autoprec.sensitivity.batching import measure_batch_effect
 from autoprec.sensitivity.check import Checked, bf16_within, check_table, measure_bf16
+from autoprec.sensitivity.estimates import DIVERGED
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.local import Cell, list_cells
-from autoprec.sensitivity.reference import DIVERGED, Reference, fp8_everywhere
+from autoprec.sensitivity.reference import Reference, fp8_everywhere
 from autoprec.sensitivity.repairs import with_shares
 from autoprec.sensitivity.tables import Method, Table, make_table
 

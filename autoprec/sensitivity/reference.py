@@ -6,8 +6,8 @@ batches and buffers stay as they are; every pass of a batch draws the same rando
 passes share their dropout masks and differ in precision only.
 """
 
+import hashlib
 import logging
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
@@ -21,6 +21,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
+from torch.utils._pytree import tree_leaves
 
 from autoprec.common.progress import NOW, report_nothing
 from autoprec.common.recipes import APPLICABLE_RECIPES, Precision
@@ -42,25 +43,18 @@ from autoprec.records.model import ModelSpec, Option
 from autoprec.records.sensitivity import Estimate, StepError
 from autoprec.runtime import install_options
 from autoprec.runtime.checkpoint import Checkpoint, read_checkpoint
+from autoprec.sensitivity.estimates import ratio_estimate
 from autoprec.sensitivity.gemm import casts_in_parts, fast_gemms
 from autoprec.sensitivity.parked import InTurn
 from autoprec.sensitivity.preconditioner import Preconditioner, read_preconditioner
 from autoprec.sensitivity.real import real_view
 from autoprec.sensitivity.room import plan_groups
-from autoprec.sensitivity.warm_up import (
-    OnWarm,
-    WarmUp,
-    digest_of,
-    read_or_trained,
-    restore,
-    train_steps,
-)
+from autoprec.sensitivity.warm_up import OnWarm, WarmUp, read_or_trained, restore, train_steps
 from autoprec.workload.functions import Batch, NoGradientError, check_loss, move_batch
 from autoprec.workload.training import Training
 
 KEPT_SHARE = 0.5  # of the host's free memory: reference gradients up to this are not run again
 UNKNOWN_FREE_BYTES = 8 * 2**30  # taken to be free where the system does not say
-DIVERGED = 1e6  # stands for an error that is not finite; records hold finite numbers only
 DEFAULT_BATCHES = 2  # a pair has a standard error
 MORE_BATCHES = 4  # beside them
 MOST_TRIES = 32  # batches drawn for one with a gradient; a hinge may be 0 on many
@@ -137,8 +131,13 @@ class Reference:
 
     @property
     def digest(self) -> str:
-        """A hash of the weights, and of the batches that gradients are compared on."""
-        return digest_of(self.model, list(self.longer.batches))
+        """16 hex digits of weights and buffers, and of the batches gradients are compared on."""
+        found = hashlib.sha256()
+        for leaf in tree_leaves([dict(self.model.state_dict()), list(self.longer.batches)]):
+            if isinstance(leaf, Tensor):
+                numbers = leaf.detach().cpu().contiguous().view(-1).view(torch.uint8)
+                found.update(numbers.numpy().tobytes())
+        return found.hexdigest()[:16]
 
     def run(
         self,
@@ -432,20 +431,3 @@ def gradient_of(parameter: Tensor) -> Tensor:
     if gradient.layout is not torch.strided:  # an embedding's, made with sparse=True
         gradient = gradient.to_dense()
     return real_view(local_part(placed_as(parameter, gradient))).float()
-
-
-def ratio_estimate(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
-    """Return mean(numerators) / mean(denominators) with its standard error over batches.
-
-    The standard error is that of the residuals n - mean * d, the ratio's usual linearisation.
-    """
-    count = len(numerators)
-    scale = math.fsum(denominators) / count
-    if not all(math.isfinite(value) for value in numerators):
-        return Estimate(mean=DIVERGED)
-    mean = math.fsum(numerators) / count / scale
-    if count < 2:
-        return Estimate(mean=mean)
-    residuals = (n - mean * d for n, d in zip(numerators, denominators, strict=True))
-    variance = math.fsum(r * r for r in residuals) / (count - 1) / count
-    return Estimate(mean=mean, stderr=math.sqrt(variance) / scale)

@@ -8,10 +8,10 @@ from autoprec.common.recipes import Gemm
 from autoprec.records.sensitivity import Estimate, LayerSensitivity
 from autoprec.sensitivity.casts import staying_casts
 from autoprec.sensitivity.doubts import scatter
+from autoprec.sensitivity.estimates import DIVERGED, ratio_estimate
 from autoprec.sensitivity.kinks import Key
 from autoprec.sensitivity.local import Cell, components_of
 from autoprec.sensitivity.probes import BatchProbe
-from autoprec.sensitivity.reference import DIVERGED, ratio_estimate
 
 # Of what is added: what probes make of kinks is too high by up to 1.6 (see kinks.py), and a choice
 # that few tokens change is off by 2 to 3 on any two batches.

@@ -204,8 +204,8 @@ def refine_table(
         table = replace(table, exact=table.exact | exact.keys())
         return _with_exact(table, exact, share=1.0)
     chosen = math.fsum(table.choices.get(cell, 0.0) for cell in exact) / len(exact)
-    one_batch = math.hypot(ONE_BATCH, CHOICE_DOUBT * chosen)
-    return _with_exact(table, exact, share=max(1.0 - (one_batch / table.spread) ** 2, 0.5))
+    share = max(1.0 - (_one_batch(chosen) / table.spread) ** 2, 0.5)
+    return _with_exact(table, exact, share=share)
 
 
 def _with_kinks_as_measured(
@@ -220,7 +220,11 @@ def _with_kinks_as_measured(
     with choices scatter more on one batch, and count for less.
     """
     found = [  # of each row its kinks' part, the logarithm, and how much that counts
-        (table.kinks.get(cell, 0.0), math.log(error.mean / probed[cell]), _counts(table, cell))
+        (
+            table.kinks.get(cell, 0.0),
+            math.log(error.mean / probed[cell]),
+            (ONE_BATCH / _one_batch(table.choices.get(cell, 0.0))) ** 2,
+        )
         for cell, error in exact.items()
         if min(error.mean, probed[cell]) > 0.0
     ]
@@ -242,9 +246,9 @@ def _with_kinks_as_measured(
     return replace(table, rows=rows, kinks=kinks)
 
 
-def _counts(table: Table, cell: Cell) -> float:
-    """Return how much a row on one batch tells, beside one without choices."""
-    return (ONE_BATCH / math.hypot(ONE_BATCH, CHOICE_DOUBT * table.choices.get(cell, 0.0))) ** 2
+def _one_batch(choices: float) -> float:
+    """Return how far a row on one batch is from both, with so much of it from choices."""
+    return math.hypot(ONE_BATCH, CHOICE_DOUBT * choices)
 
 
 def measure_unseen(reference: Reference, table: Table, names: Collection[str]) -> Table:

@@ -1,6 +1,5 @@
 """A training to where it is measured: restored, warmed up, or read from a file."""
 
-import hashlib
 import logging
 import statistics
 import time
@@ -9,12 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from autoprec.device.random_state import seeded
 from autoprec.device.ranks import world_size
@@ -99,17 +95,6 @@ def _read(path: Path, context: Context, *, steps: int) -> WarmUp:
             parameter.grad = gradients[name].to(parameter.device)
     training.norm = norm
     return WarmUp(training, stream_after(context, steps), curve, step_s)
-
-
-def digest_of(model: nn.Module, batches: list[Any]) -> str:  # Any: the user's batches
-    """Return 16 hex digits of a model's weights and buffers, and of the tensors in batches."""
-    found = hashlib.sha256()
-    for leaf in tree_leaves([dict(model.state_dict()), batches]):
-        if isinstance(leaf, Tensor):
-            found.update(
-                leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-            )
-    return found.hexdigest()[:16]
 
 
 def stream_after(context: Context, steps: int) -> Iterator[Batch]:
