@@ -272,6 +272,31 @@ def test_recurrent_and_attention_layers_take_tuples_and_keywords() -> None:
         assert attention.out_proj.weight.dtype is torch.bfloat16
 
 
+class Lookup(nn.Module):
+    """Reads its embedding's weight itself, as AWD-LSTM does, in front of a recurrent layer."""
+
+    def __init__(self, recurrent: nn.Module) -> None:
+        super().__init__()
+        self.embed, self.recurrent, self.head = nn.Embedding(8, 16), recurrent, nn.Linear(16, 8)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.recurrent(F.embedding(tokens, self.embed.weight))
+        result: Tensor = self.head(hidden[0] if isinstance(hidden, tuple) else hidden)
+        return result
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("recurrent", [nn.LSTM, nn.GRUCell])
+def test_recurrent_layers_in_fp32_take_what_a_bf16_weight_gives(
+    recurrent: type[nn.Module], named: bool
+) -> None:
+    model = Lookup(recurrent(16, 16))
+    options = {"embed": BF16_O2, **({"recurrent": FP32, "head": FP32} if named else {})}
+    with install_options(model, options, activation_dtype=torch.float32):
+        model(torch.tensor([3, 5])).sum().backward()
+    assert type(model.recurrent) is recurrent
+
+
 def test_a_copy_and_a_pickle_compute_the_same() -> None:
     model, batch = MixingNet(), tokens()
     with install_options(model, uniform(TENSORWISE)):

@@ -36,7 +36,7 @@ from autoprec.errors import PlanMismatchError
 from autoprec.model.kinds import is_transposed
 from autoprec.model.layers import comes_from_plan, find_layers, own_class
 from autoprec.model.state import put_back_dtypes
-from autoprec.records import APPLICABLE_RECIPES, Option
+from autoprec.records import APPLICABLE_RECIPES, FP32, Option
 from autoprec.runtime.activations import CASTABLE, option_dtype
 from autoprec.runtime.classes import (
     container_class,
@@ -60,6 +60,7 @@ BETWEEN = {
     *(nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d),
 }
 KEEPS_FP32_PARAMETERS = (nn.modules.batchnorm._NormBase,)
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)  # refuse other dtypes before a function is asked
 Storage = dict[nn.Parameter, tuple[str, torch.dtype]]  # each parameter's layer and storage dtype
 
 
@@ -328,6 +329,10 @@ def _set_classes(
     alone = given if root and has_mode else None  # without the mode no part knows where it is
     for name, option in installed.options.items():
         _install_layer(name, layers[name], option, installed=installed, alone=alone)
+    if has_16_bit and dtype is torch.float32:  # a weight that user code reads itself gives BF16
+        for layer in layers.values():
+            if _is_plain_recurrent(layer):
+                installed.set_class(layer, layer_class(type(layer), FP32, dtype, dtype, alone))
     for module in _containers(model, layers) if has_mode else ():
         its = None if isinstance(module, ParametrizationList) else alone
         _install_container(module, installed, dtype, False, True, its)
@@ -365,6 +370,11 @@ def _install_layer(
         vars(layer)["fp8_active"] = True  # on the instance: torch.compile guards on it there
     if isinstance(layer, nn.RNNBase):
         layer.flatten_parameters()
+
+
+def _is_plain_recurrent(layer: nn.Module) -> bool:
+    is_plain = isinstance(layer, RECURRENT) and not comes_from_plan(type(layer))
+    return is_plain and all(p.dtype is torch.float32 for p in layer.parameters())
 
 
 def is_chain(model: nn.Module, layers: Mapping[str, nn.Module]) -> bool:
