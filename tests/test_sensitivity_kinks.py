@@ -701,6 +701,21 @@ def test_the_table_is_checked_both_ways_and_says_what_stays_outside() -> None:
             assert check_table(meter, other, outside=0.0).sentence == ""
 
 
+def test_rows_that_batches_do_not_agree_on_are_said_to_be_guesses() -> None:
+    meter = JointMeter(prepared(nn.SiLU))
+    cells = list_cells(meter.reference.spec, [fp8_option(Recipe.ROWWISE)])
+    table = make_table(meter.reference, cells, Method.LAYERWISE)
+    for part, is_said in ((0.8, True), (0.2, False)):
+        rows = tuple(
+            row.model_copy(update={"grad_error": Estimate(mean=e, stderr=part * e)})
+            for row in table.rows
+            for e in [row.grad_error.mean]
+        )
+        sentence = check_table(meter, replace(table, rows=rows), outside=0.0).sentence
+        assert ("single rows are a guess here" in sentence) is is_said
+        assert ("other batches differ by a factor of 2.2" in sentence) is is_said
+
+
 def test_choices_that_several_layers_change_count_once_in_the_sum() -> None:
     reference = prepared(nn.SiLU)
     cells = list_cells(reference.spec, [fp8_option(Recipe.ROWWISE)])

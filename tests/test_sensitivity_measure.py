@@ -168,6 +168,28 @@ def test_a_fallback_preconditioner_is_said_in_the_notes() -> None:
     assert any("Together: no rule for 100 %" in note for note in found.notes)
 
 
+def test_rows_that_are_measured_with_their_neighbours_are_said_to_be_guesses() -> None:
+    def build_model() -> nn.Module:
+        teacher = [nn.Linear(16, 16) for _ in range(16)]
+        return nn.ModuleDict({"student": nn.Linear(16, 16), "teacher": nn.Sequential(*teacher)})
+
+    def loss_fn(model: Any, batch: torch.Tensor) -> torch.Tensor:  # Any: entries by name
+        with torch.no_grad():
+            target = model["teacher"](batch)
+        return F.mse_loss(model["student"](batch), target)
+
+    functions = {
+        "build_model": build_model,
+        "train_batches": lambda seed: iter(torch.linspace(-2, 2, 64 * 32 * 16).view(64, 32, 16)),
+        "loss_fn": loss_fn,
+    }
+    workload = workload_from(SimpleNamespace(**functions), name="teacher")
+    reference = warmed_up(workload, captured(workload))
+    found = measure_sensitivity(reference, options=[TENSORWISE], method=Method.SIGN_CODED)
+    said = "so that single rows are a guess: teacher.0, teacher.1, teacher.10, teacher.11 and 12 more"
+    assert [note for note in found.notes if "neighbours" in note][0].endswith(said)
+
+
 def test_gradients_too_large_to_keep_are_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     workload = mlp_workload()
     spec = captured(workload)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from autoprec.common.text import significant
 from autoprec.records import BF16_O2, Estimate, JointMeasurement
-from autoprec.sensitivity.doubts import forward_casts, is_whole, on_their_own
+from autoprec.sensitivity.doubts import forward_casts, is_whole, on_their_own, scatter
 from autoprec.sensitivity.islands import TOO_COARSE
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.local import Cell
@@ -121,16 +121,26 @@ def _summed(
 
 
 def _single_rows(table: Table) -> str:
-    """Return that single rows are guesses, where those that were measured say so."""
+    """Return that single rows are guesses, where what was measured says so.
+
+    Of probes that is how far they are from it, of a table that was measured whole its batches.
+    """
     known = {(name, forward_casts(option)) for name, option in table.exact}
-    left = any(o.is_fp8 and (name, forward_casts(o)) not in known for name, o in table.errors)
-    if table.method is Method.LAYERWISE or table.spread < SPREAD or not left:
+    fp8 = on_their_own(table.rows)
+    if table.method is not Method.LAYERWISE and any(
+        (row.name, forward_casts(row.option)) not in known for row in fp8
+    ):
+        apart, which = table.spread, " that were not measured on all batches"
+        why = f"the {len(table.tested)} that were measured differ from the probes"
+    else:
+        apart, which = scatter(fp8), ""
+        why = "all were measured, and by their standard errors other batches differ"
+    if apart < SPREAD:
         return ""
-    factor = significant(math.exp(table.spread), 2)
+    factor = significant(math.exp(apart), 2)
     return (
-        "the table of gradient errors holds in sum, but single rows that were not measured on all "
-        f"batches are a guess here (the {len(table.tested)} that were measured differ from the "
-        f"probes by a factor of {factor} in the mean): trust plans that were measured"
+        f"the table of gradient errors holds in sum, but single rows{which} are a guess here "
+        f"({why} by a factor of {factor} in the mean): trust plans that were measured"
     )
 
 

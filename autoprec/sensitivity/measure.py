@@ -148,7 +148,8 @@ def _notes(reference: Reference, table: Table, floor: Estimate) -> list[str]:
     if table.together:
         notes.append(
             "measured with their neighbours, as no gradient of the loss tells all that they do "
-            f"(no_grad, detached, differentiated again): {first_and_more(table.together)}"
+            "(no_grad, detached, differentiated again), so that single rows are a guess: "
+            f"{first_and_more(table.together)}"
         )
     if table.refined:
         cells = [f"{name} {option.key}" for name, option in table.refined]
