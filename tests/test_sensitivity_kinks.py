@@ -102,7 +102,8 @@ def test_a_smooth_layer_is_left_as_it_is_and_a_kink_counts_by_what_is_behind_it(
     # at a step 4 times finer 3 of 4 parts of a square are kinks, 12 in 16; then none are
     products = {keys[0]: (13.0, 4.0), keys[1]: (4.0, 4.0), keys[2]: (0.0, 0.0)}
     changes = [(49.0, 13.0), (10.0, 10.0)]  # 12 and none
-    steps = TwoSteps(4.0, products, changes, {"kinked": 0, "smooth": 1, "unused": 1})
+    related = {"kinked": ([0, 1], []), "smooth": ([1], [0]), "unused": ([1], [])}
+    steps = TwoSteps(4.0, products, changes, related)
     found = steps.correction([keys[0]], 4.0)
     assert found == pytest.approx((1.0 + (3.0 * 12.0) ** 0.5) / 4.0)
     # of a mean square 4 times as large the smooth part is, and what kinks add is twice as large
@@ -123,11 +124,31 @@ def test_all_casts_of_a_layer_tell_together_which_part_of_their_squares_kinks_ar
     changes = [(49.0, 13.0)]
     for fine in (13.0, 4.4):  # 9 of 8 more in all, or 0.4 of 8: less than what makes a kink
         products = {x: (fine, 4.0), weight: (4.0, 4.0), other: (100.0, 100.0)}
-        steps = TwoSteps(4.0, products, changes, {"layer": 0})
+        steps = TwoSteps(4.0, products, changes, {"layer": ([0], [])})
         part = (fine - 4.0) / 8.0 / 3.0
         for key in (x, weight):
             assert steps.added([key], 4.0) == pytest.approx((part * 4.0 * 12.0) ** 0.5)
     assert replace(steps, changes=[(13.0, 13.0)]).added([x], 4.0) == 0.0  # a smooth network
+
+
+def test_kinks_of_one_branch_are_none_of_another() -> None:
+    class Towers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            pairs = (nn.Linear(64, 128), nn.ReLU()), (nn.Linear(128, 16), nn.ReLU())
+            self.plain = nn.Sequential(nn.Linear(64, 16), nn.SiLU(), nn.Linear(16, 16))
+            self.kinked = nn.Sequential(*pairs[0], *pairs[1], nn.Linear(16, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return cast(Tensor, self.plain(x) + self.kinked(x))
+
+    reference = reference_of(Towers)
+    steps = probe_batches(reference, list_cells(reference.spec, None), probes=1)[0].steps
+    assert steps is not None
+    assert steps.are_kinked
+    added = {name: steps.added([(name, BF16_OUTPUT)], 1.0) for name in reference.spec.names}
+    assert max(added["plain.0"], added["plain.2"], added["kinked.4"]) < 0.05 * added["kinked.2"]
+    assert added["kinked.0"] > 0.5 * added["kinked.2"]
 
 
 def routed(
@@ -180,7 +201,6 @@ def test_moved_passes_keep_the_experts_of_the_reference() -> None:
         name: float(name in ("0", "1.router")) for name in reference.spec.names
     }
     assert steps.are_followed
-    assert steps.places["0"] < steps.places["1.router"] < steps.places["1.experts.0"]
     rows = {(r.name, r.option): r.grad_error.mean for r in make_rows(probes, cells)}
     assert all(value > 0.0 for value in rows.values())
 

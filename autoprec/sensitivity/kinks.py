@@ -18,12 +18,13 @@ layer's error and the moved weights change the pre-activations in one ratio,
 
 whatever t is, and for errors of any size: F grows with the error as B's square root. Two steps tell
 B/t and W t from the smooth parts, which do not depend on t. Of W only kinks behind the layer count.
-They are at least those that moved the gradients of parameters from this layer on, and at most all;
-the geometric mean of the two is taken.
+They are at least those that moved the gradients of parameters at and behind this layer, and at most
+those of what is in front of it too; the geometric mean of the two is taken. Parameters in branches
+beside it, which no error of it reaches (reach.py), cross their own kinks, and do not count.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -45,15 +46,15 @@ Key = tuple[str, Component]  # a layer's name and one source of its error
 class TwoSteps:
     """One batch under one code at the probes' own step and at one `ratio` times finer.
 
-    `products` are sum_k z_k^2 by key, `changes` |P^(1/2) D|^2 over t^2 by parameter, in the order
-    that layers are called in, times the own step's t^2; `places` is each layer's first parameter
-    among them. Pairs are (fine, own).
+    `products` are sum_k z_k^2 by key, `changes` |P^(1/2) D|^2 over t^2 by parameter, times the own
+    step's t^2; `related` are the places of parameters at or behind each layer, and of those in
+    front of it. Pairs of numbers are (fine, own).
     """
 
     ratio: float
     products: dict[Key, tuple[float, float]]
     changes: Sequence[tuple[float, float]]
-    places: dict[str, int]
+    related: Mapping[str, tuple[Sequence[int], ...]]
     jumps: float = 0.0  # W t of the choices
     choices: dict[str, float] = field(default_factory=dict)  # the part of them behind each layer
     # how far errors of output move choices beside the moved weights, squared, in the mean of all
@@ -103,9 +104,9 @@ class TwoSteps:
     def added(self, keys: Sequence[Key], square: float) -> float:
         """Return F of one layer's errors of output: what kinks add to d'Pd."""
         name, found = keys[0][0], self._crossings
-        # W t of the kinks behind the layer
-        behind = math.sqrt(math.fsum(found) * math.fsum(found[self.places[name] :]))
-        return math.sqrt(self._parts[name] * square * behind)
+        behind, in_front = (math.fsum(found[k] for k in own) for own in self.related[name])
+        crossed = math.sqrt(behind * (behind + in_front))  # W t of the kinks behind the layer
+        return math.sqrt(self._parts[name] * square * crossed)
 
     def _pair(self, keys: Sequence[Key]) -> tuple[float, float]:
         pairs = [self.products[key] for key in keys]

@@ -10,10 +10,9 @@ estimator, a backward of somebody's own.
 """
 
 import math
-from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,6 @@ from autoprec.device.ranks import (
     whole,
     world_size,
 )
-from autoprec.model.layers import layer_named
 from autoprec.model.recording import Call
 from autoprec.runtime.shards import whole_again
 from autoprec.sensitivity.choices import Choice, Choices, kept_choices
@@ -35,6 +33,7 @@ from autoprec.sensitivity.hooks import after_hooks, direction_after_hooks, has_h
 from autoprec.sensitivity.local import Norm
 from autoprec.sensitivity.parked import InTurn
 from autoprec.sensitivity.preconditioner import at_least_1d
+from autoprec.sensitivity.reach import Reach
 from autoprec.sensitivity.real import real_view
 from autoprec.sensitivity.reference import Reference, ReferenceGradient, gradient_of
 from autoprec.sensitivity.replay import differentiated_calls
@@ -60,6 +59,7 @@ class Pass:
     gradient: ReferenceGradient
     chunk: int  # elements that a linear takes at a time
     batch: Batch  # held: what layers are called with may be of it, in every pass the same
+    reach: Reach = field(default_factory=Reach)  # of all layers
 
     def squared_norm(self, layer: nn.Module, run: nn.Module) -> Norm:
         """Return the norm of a layer's errors, by the parameters of the module that was run for it.
@@ -85,29 +85,6 @@ class Pass:
         """Return the parameters of layers that are used uncalled (an attention's out_proj)."""
         layers = (layer for name, layer in self.layers.items() if not self.calls[name])
         return {parameter for layer in layers for parameter in layer.parameters()}
-
-    def order(self) -> tuple[list[int], dict[str, int]]:
-        """Return the model's parameters in the order of calls, and each layer's first among them.
-
-        What is not called, or is no layer's, comes with the parameter before it in the model.
-        """
-        model = self.reference.model
-        calls = {name: place for place, name in enumerate(self.choices.before)}
-        owned: dict[Tensor, int] = {}  # by the call of the first of the layers that share it
-        for name, call in calls.items():
-            for parameter in layer_named(model, name).parameters():
-                owned.setdefault(parameter, call)
-        found, call = dict[Tensor, int](), 0
-        for parameter in model.parameters():
-            found[parameter] = call = owned.get(parameter, call)
-        made = list(found.values())
-        order = sorted(range(len(made)), key=made.__getitem__)
-        in_order, places, call = sorted(made), dict[str, int](), 0
-        for name in self.reference.spec.names:
-            own = (found[parameter] for parameter in layer_named(model, name).parameters())
-            call = calls.get(name, min(own, default=call))
-            places[name] = bisect_left(in_order, call)
-        return order, places
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,7 @@ from autoprec.sensitivity.moves import (
     run_moved,
 )
 from autoprec.sensitivity.parked import back, floating_shapes
+from autoprec.sensitivity.reach import recorded_reach
 from autoprec.sensitivity.reference import Reference, ReferenceGradient, gradient_of
 from autoprec.sensitivity.replay import (
     OtherwiseAloneError,
@@ -155,11 +156,11 @@ def _probe_group(
     watched = {name: layer_named(reference.model, name) for name in reference.spec.names}
     batch, chunk = reference.batches[index], chunk_elements(reference.spec)
     recording = differentiated_calls(layers, is_parked=reference.is_parked)
-    with recording as found, recorded_choices(watched) as choices:
+    with recording as found, recorded_choices(watched) as choices, recorded_reach(watched) as reach:
         gradient = _reference_pass(reference, index, found)
     probed.squared_norm = gradient.squared_norm
     probed.unseen |= found.unseen | choices.constant
-    step = Pass(reference, index, layers, found.calls, choices, gradient, chunk, batch)
+    step = Pass(reference, index, layers, found.calls, choices, gradient, chunk, batch, reach)
     is_chosen = bool(choices.indices) and not probed.squares  # once, with the first group
     for probe in range(probed.probes):
         # signs of its own for each batch: what one code exaggerates, it does in all rows at once
@@ -198,10 +199,10 @@ def _at_two_steps(
     if found is None or found.are_kinked:
         finer = run_moved(step, code=code, are_changes=True, times=FINER)
         if found is None:
-            (order, places), changes = step.order(), moved.beside(finer)
-            in_order, are_followed = [changes[place] for place in order], step.choices.followed > 0
-            missed = min(moved.missed, finer.missed)
-            found = TwoSteps(FINER, {}, in_order, places, are_followed=are_followed, missed=missed)
+            missed, are_followed = min(moved.missed, finer.missed), step.choices.followed > 0
+            related = step.reach.related(step.reference.model, step.reference.spec.names)
+            changes = moved.beside(finer)
+            found = TwoSteps(FINER, {}, changes, related, are_followed=are_followed, missed=missed)
             if step.choices.indices:
                 found = replace(found, choices=step.choices.behind(moved.at_choices))
         if found.are_kinked:
