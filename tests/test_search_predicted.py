@@ -516,7 +516,7 @@ def test_fp32_between_layers_is_for_plans_that_gain_by_it(
         []
         if is_between
         else [
-            "FP32 between all layers would save a gradient error of 2.0 % (transferred), and cost "
-            "more in time than that is worth"
+            "BF16 between layers has a gradient error of 2.0 % alone (transferred); FP32 there "
+            "costs more in time than that is worth"
         ]
     )

@@ -265,8 +265,8 @@ def between_notes(sensitivity: Sensitivity, searched: Sensitivity) -> tuple[str,
         return ()
     error = percent(sum(island.grad_error for island in sensitivity.islands))
     return (
-        f"FP32 between all layers would save a gradient error of {error} "
-        f"({sensitivity_basis(sensitivity)}), and cost more in time than that is worth",
+        f"BF16 between layers has a gradient error of {error} alone "
+        f"({sensitivity_basis(sensitivity)}); FP32 there costs more in time than that is worth",
     )
 
 

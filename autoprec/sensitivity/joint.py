@@ -53,7 +53,11 @@ class JointMeter:
         error of small subsets).
         """
         self.islands, left = find_islands(
-            self.reference, rows, joint.mean, lambda islands: self.measure_bf16(islands).mean
+            self.reference,
+            rows,
+            joint.mean,
+            lambda islands: self.measure_bf16(islands).mean,
+            lambda name: self._measure_alone(name).mean,
         )
         inside = {name for island in self.islands for name in island.names}
         bf16 = [row for row in rows if row.option == BF16_O2 and row.name not in inside]
@@ -66,6 +70,13 @@ class JointMeter:
         fp32 = tied_with(spec, [name for island in islands for name in island.names])
         options = {**spec.bf16_options, **dict.fromkeys(fp32, FP32)}
         return self._measure(options, batches=ACTIVATION_BATCHES, islands=islands)
+
+    def _measure_alone(self, name: str) -> Estimate:
+        """Return the joint gradient error of one layer in BF16, with BF16 between all others."""
+        spec = self.reference.spec
+        own = {n: spec.bf16_options[n] for n in tied_with(spec, [name])}
+        options = {**dict.fromkeys(spec.names, FP32), **own}
+        return self._measure(options, batches=ACTIVATION_BATCHES, islands=())
 
     @random_state_kept()
     def _measure(
