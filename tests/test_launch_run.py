@@ -533,6 +533,14 @@ x[:] = 0
     assert run(tmp_path, HEAD + first + arrays.rpartition("x[:]")[0], "1").status == 0
 
 
+def test_an_average_that_begins_after_the_plan_is_fp32(tmp_path: Path) -> None:
+    """As in scripts that wrap their model in DDP first, when the plan comes, and average then."""
+    own = "average = [p.data.clone() for p in model.parameters()]\n"
+    own += "average = [0.9 * a + 0.1 * p.data for a, p in zip(average, model.parameters())]\n"
+    own += "assert {a.dtype for a in average} == {torch.float32}\n"
+    assert run(tmp_path, HEAD + LOOP + own, "1").status == 0
+
+
 def test_a_weight_that_the_script_multiplies_itself_is_said_to_be_bf16(tmp_path: Path) -> None:
     """A queue of features times prototypes, as SwAV's."""
     told: list[str] = []

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import (
     SWALR,
     AveragedModel,
@@ -19,7 +19,7 @@ from torch.optim.swa_utils import (
 
 import autoprec
 from autoprec.integrations.launch.patches import patched
-from autoprec.runtime.averages import _warn_of_average, around_lerp
+from autoprec.runtime.averages import _warn_of_average, around_clone, around_lerp
 from autoprec.runtime.masters import LIVE
 from autoprec.runtime.state_dicts import save_exactly
 from tests.models import Mlp
@@ -131,6 +131,35 @@ UPDATES: dict[str, Any] = {
         [a.detach()], tensors1=[p.detach()], weight=0.01
     ),
 }
+
+
+class Cloning(nn.Module):
+    """Copies its weight within forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.first.weight.clone()
+        assert weight.dtype is torch.bfloat16
+        return F.linear(self.first(x), weight)
+
+
+def test_what_a_script_clones_of_weights_is_fp32_as_averages_by_hand_need_it() -> None:
+    model = Cloning()
+    plan = plan_for(model)
+    autoprec.apply(plan, model, torch.optim.SGD(model.parameters()))
+    weight = model.first.weight
+    with patched(Tensor, "clone", around_clone):
+        for copied in (weight.data.clone(), weight.clone().detach(), weight.detach().clone()):
+            assert torch.equal(copied, weight.float())
+            assert copied.dtype is torch.float32
+        model(torch.randn(4, 16)).sum().backward()
+        assert weight.grad is not None
+        assert weight.grad.clone().dtype is torch.bfloat16
+        assert copy.deepcopy(model).first.weight.dtype is torch.bfloat16
+        assert torch.ones(2, dtype=torch.bfloat16).clone().dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize("is_older", [True, False])

@@ -15,7 +15,7 @@ import autoprec
 from autoprec.errors import PlanMismatchError
 from autoprec.records import BF16_O2, FP32
 from autoprec.runtime import attach_optimizer, install_options
-from autoprec.runtime.masters import masters_of
+from autoprec.runtime.masters import _warn_of_fp32, masters_of
 from tests.models import Mlp, TiedTokens, token_workload
 from tests.plans import plan_for
 from tests.runtime_training import (
@@ -307,10 +307,37 @@ def test_writes_through_data_are_found_and_said(caplog: pytest.LogCaptureFixture
 
 def test_a_converted_model_is_refused_at_the_next_step() -> None:
     model, optimizer = applied()
-    train(model, optimizer, 1)
+    x, y = next(batches())
+    torch.autograd.backward(F.mse_loss(model(x), y))
     model.float()
     with pytest.raises(PlanMismatchError, match=r"must stay so, but first\.weight is now float32"):
-        train(model, optimizer, 1)
+        optimizer.step()
+
+
+def test_an_average_stands_in_for_weights_as_classes_for_ema_exchange_data(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    _warn_of_fp32.cache_clear()
+    pairs = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        pairs.append(applied())
+        train(*pairs[-1], 2)
+    (model, optimizer), (twin, its_optimizer) = pairs
+    x, _ = next(batches())
+    for copies in (False, True):
+        own = [p.detach().float() if copies else p.data for p in model.parameters()]
+        for parameter in model.parameters():
+            parameter.data = torch.full(parameter.shape, 0.01)
+        with torch.inference_mode():
+            evaluated = model(x)
+        assert (evaluated == evaluated[:, :1]).all()  # all rows of the head are alike
+        for parameter, data in zip(model.parameters(), own, strict=True):
+            parameter.data = data
+        train(model, optimizer, 1, first=2)
+        train(twin, its_optimizer, 1, first=2)
+        assert same(exact(model), exact(twin))
+    assert caplog.text.count("were given FP32 data") == 1
 
 
 def test_an_optimizer_made_after_apply_is_attached_by_hand_or_at_its_first_step() -> None:

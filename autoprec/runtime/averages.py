@@ -9,6 +9,7 @@ until they end:
 
     a <- a + weight (m - a)      a the FP32 average, or the average's own master, then rounded
 
+There `Tensor.clone` of such weights, with which averages by other arithmetic begin, is FP32 too.
 Code that torch.compile traces, what has a graph, and other dtypes see torch's own.
 """
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
+from autoprec.runtime.activations import is_mode_active
 from autoprec.runtime.masters import LIVE, Masters
 
 logger = logging.getLogger(__name__)
@@ -96,6 +98,14 @@ def around_lerp(original: Function, average: Any, /, *args: Any, **kwargs: Any) 
 
     _follow(call, [average], [end])
     return average
+
+
+def around_clone(original: Function, tensor: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """Call `Tensor.clone`, and return FP32 values of BF16 parameters, unless forward asks."""
+    copied = original(tensor, *args, **kwargs)
+    if tensor.dtype is not torch.bfloat16 or kwargs or is_mode_active():  # deepcopy gives a format
+        return copied
+    return copied.float() if _planned([tensor]) else copied
 
 
 def _follow(original: Function, averages: Any, ends: Any, /, *args: Any, **kwargs: Any) -> None:

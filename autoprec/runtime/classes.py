@@ -36,6 +36,7 @@ from autoprec.runtime.activations import (
     part_of_callers,
     without_mode,
 )
+from autoprec.runtime.masters import ON_MODEL
 from autoprec.runtime.shards import refuse_mixed_storage
 from autoprec.workload.written import AUTOCAST_DEVICES
 
@@ -236,6 +237,8 @@ def _container_forward(
                 join_recomputation(dtype)
             if is_mode_active():
                 return forward(self, *args, **kwargs)
+        elif not torch.compiler.is_compiling() and ON_MODEL in vars(self):
+            vars(self)[ON_MODEL].put_back()
         with autocast_off(), ActivationMode(dtype) if has_mode else contextlib.nullcontext():
             output = forward(self, *args, **kwargs)
         return output if output_dtype is None else cast_floating(output, output_dtype)

@@ -16,6 +16,7 @@ Writes are seen by the tensor's version counter; those through `p.data`, which i
 comparing values in the first steps and every hundredth, and in every step once one was found.
 """
 
+import functools
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -127,6 +128,16 @@ class Masters:
         own = local_part(parameter.detach())
         exact = (value for value in values if is_rounded(local_part(value), own))
         return next(exact, parameter.detach().float())
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Store as BF16 again what was given FP32 data, as an average is for an evaluation."""
+        for parameter in [p for p in self.values if p.dtype is torch.float32]:
+            _warn_of_fp32()
+            gradient, parameter.grad = parameter.grad, None
+            with torch.inference_mode(False):  # whose tensors cannot be trained
+                parameter.data = parameter.data.bfloat16()
+            parameter.grad = None if gradient is None else gradient.bfloat16()
 
     @torch.no_grad()
     def round_down(self, parameter: nn.Parameter) -> None:
@@ -309,6 +320,15 @@ class Masters:
             f"{dtype_name(parameter.dtype)}; where the model's own code converts it, set its "
             "layer to fp32, else call autoprec.undo(model, optimizer) first"
         )
+
+
+@functools.cache
+def _warn_of_fp32() -> None:
+    logger.warning(
+        "parameters that the plan stores as BF16 were given FP32 data (an average's for an "
+        "evaluation, model.float()): forward runs in the plan's precisions all the same, until "
+        "autoprec.undo(model, optimizer)"
+    )
 
 
 def _warn_of_lost_writes() -> None:

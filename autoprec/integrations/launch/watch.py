@@ -48,7 +48,7 @@ from autoprec.model.layers import find_layers, unwrapped
 from autoprec.records import Plan
 from autoprec.runtime import attach_optimizer, undo
 from autoprec.runtime.attach import ON_OPTIMIZER, STATELESS, StateDict, watch_optimizers
-from autoprec.runtime.averages import around_lerp
+from autoprec.runtime.averages import around_clone, around_lerp
 from autoprec.runtime.layouts import MASTER
 from autoprec.runtime.saving import Files
 from autoprec.runtime.shards import whole_again
@@ -101,6 +101,7 @@ class Watch:
             (Optimizer, "load_state_dict", self._around_load),
             *((cls, "__init__", self._around_parallel) for cls in parallel),
             (Tensor, "lerp_", around_lerp),
+            (Tensor, "clone", around_clone),
             (torch, "save", self._around_save),
             (Tensor, "numpy", self._around_numpy),
             (sys, "excepthook", self._around_error),
