@@ -287,7 +287,7 @@ def _over_budget(problem: Problem, search: Search, uniform: Options) -> str:
     if not budget or error > min(problem.ceiling, LARGER * budget):
         return said
     times = math.ceil(10.0 * error / budget) / 10
-    return f"{said}; a --loss-tolerance {times:g}x as large lets it in"
+    return f"{said}; {times:g}x the --loss-tolerance lets it in"
 
 
 def _communication_note(costs: Costs, options: Options) -> str:

@@ -127,20 +127,17 @@ def _single_rows(table: Table) -> str:
     """
     known = {(name, forward_casts(option)) for name, option in table.exact}
     fp8 = on_their_own(table.rows)
-    if table.method is not Method.LAYERWISE and any(
-        (row.name, forward_casts(row.option)) not in known for row in fp8
-    ):
-        apart, which = table.spread, " that were not measured on all batches"
-        why = f"the {len(table.tested)} that were measured differ from the probes"
+    is_whole_table = table.method is Method.LAYERWISE
+    if is_whole_table or known.issuperset((r.name, forward_casts(r.option)) for r in fp8):
+        apart = scatter([row for row in fp8 if is_whole_table or row.cell in table.exact])
+        which = "its batches differ"
     else:
-        apart, which = scatter(fp8), ""
-        why = "all were measured, and by their standard errors other batches differ"
+        apart, which = table.spread, f"probes miss the {len(table.tested)} measured rows"
     if apart < SPREAD:
         return ""
-    factor = significant(math.exp(apart), 2)
     return (
-        f"the table of gradient errors holds in sum, but single rows{which} are a guess here "
-        f"({why} by a factor of {factor} in the mean): trust plans that were measured"
+        f"the table of gradient errors holds in sum, not layer by layer ({which} by a factor of "
+        f"{significant(math.exp(apart), 2)}): trust measured plans"
     )
 
 
@@ -176,15 +173,12 @@ def _unmeasured(cells: Sequence[Cell], table: Table) -> list[Cell]:
 
 
 def _sentence(ratio: float, asked: int, left: Sequence[Cell]) -> str:
-    times = f"FP8 wherever it goes: {significant(ratio, 3)} times the joint error"
     if not left:
-        times += ", with all its rows measured: errors of layers " + (
-            "cancel" if ratio > 1.0 else "add up to more than their squares"
-        )
-    elif asked:
-        times += f", {asked} rows measured one by one"
+        why = "cancel" if ratio > 1.0 else "add up to more than their squares"
+        why = f" (errors of layers {why})"
+    else:
+        why = f" ({asked} rows measured)" if asked else ""
     return (
-        "the table of gradient errors is off by more than a factor of two where its sum was "
-        f"measured jointly ({times}): an error from the table is no more than a guess here, trust "
-        "those that were measured"
+        f"the table of gradient errors is a guess: {significant(ratio, 3)} times the joint error "
+        f"of FP8 wherever it goes{why}; trust measured plans"
     )
