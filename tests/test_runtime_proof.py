@@ -80,14 +80,14 @@ def test_every_layer_that_differs_is_named() -> None:
     model: Any = workload.build_model()
     autoprec.apply(plan_for(model, TENSORWISE), model)
     model.first.fp8_active = False
-    model.head.weight.data = model.head.weight.data.float()
+    model.head.weight.data = model.head.weight.data.half()
     batch = next(workload.train_batches(0))
     with pytest.raises(PlanMismatchError) as caught:
         autoprec.verify_applied(model, batch, loss_fn=workload.loss_fn)
     message = str(caught.value)
     assert "2 of 4 layers differ" in message
     assert "'first' should run fp8_o1:tensorwise, but ran addmm bfloat16" in message
-    assert "'head' should store bfloat16 (bf16_o2), but has float32" in message
+    assert "'head' should store bfloat16 (bf16_o2), but has float16" in message
     assert "'second'" not in message
 
 
