@@ -1,6 +1,7 @@
 """`autoprec.tune` from Python: live functions in, a run and a plan with verbs out."""
 
 import random
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,6 +49,14 @@ class Task:
         return loss
 
 
+class Telling(Task):
+    """Warns whenever its model is made, as torch's TransformerEncoder may."""
+
+    def build_model(self) -> nn.Module:
+        warnings.warn("a model is made", stacklevel=1)
+        return super().build_model()
+
+
 QUICK: dict[str, Any] = {"trials": 0, "verify": False, "recipes": "tensorwise", "gemms_hp": False}
 
 
@@ -59,7 +68,9 @@ def random_states() -> tuple[object, ...]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> autoprec.Run:
     before = random_states()
-    made = autoprec.tune(Task(), out=tmp_path_factory.mktemp("live"), **QUICK)
+    with pytest.warns(UserWarning, match="a model is made") as told:
+        made = autoprec.tune(Telling(), out=tmp_path_factory.mktemp("live"), **QUICK)
+    assert [str(each.message) for each in told].count("a model is made") == 1
     assert random_states() == before  # the caller's numbers go on as they would
     return made
 

@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,6 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import autoprec
-from autoprec.device.ranks import joined
 from autoprec.errors import AutoprecError, SettingsError
 from autoprec.model.parallel import parallel_workload
 from autoprec.tuning.ranks import LAUNCHED_BY
@@ -188,19 +186,6 @@ def test_every_rank_is_told_in_one_line(tmp_path: Path) -> None:
     assert first["files"].startswith("every rank must have the same text in model.py and what")
     assert "--workers" in first["workers"]
     assert all(message.isprintable() for message in first.values())
-
-
-def test_a_rank_is_warned_of_one_thing_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    shown = list[str]()
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(warnings, "showwarning", lambda text, *_: shown.append(str(text)))
-    with warnings.catch_warnings(), joined():
-        warnings.simplefilter("always")  # as where Python forgets what it has shown
-        for text in ("a view", "a view", "another", "a view"):
-            warnings.warn(text, stacklevel=1)
-    assert shown == ["a view", "another"]
 
 
 def test_a_script_is_recorded_by_one_process(

@@ -25,7 +25,7 @@ from autoprec.cli.ending import (
 )
 from autoprec.cli.options import with_settings
 from autoprec.common.files import write_atomically
-from autoprec.common.noise import import_noise_dropped
+from autoprec.common.noise import import_noise_dropped, warned_once
 from autoprec.errors import AutoprecError, NoRoomError, RecordError, WorkloadError
 from autoprec.tuning.ranks import is_first, is_launched, joined_ranks
 from autoprec.tuning.settings import STAGES, Settings
@@ -383,7 +383,12 @@ def _run(settings: Settings, make: "Callable[[Run], T]", stages: tuple[str, ...]
 
     if not is_first():
         logging.getLogger().setLevel(logging.ERROR)
-    with terminated_as_interrupted(), joined_ranks(), drawn_progress() as progress:
+    with (
+        warned_once(),
+        terminated_as_interrupted(),
+        joined_ranks(),
+        drawn_progress() as progress,
+    ):
         run, since = Run(settings, stages=stages, progress=progress), time.time()
         with run.locked():
             try:

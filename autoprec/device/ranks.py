@@ -15,7 +15,6 @@ import signal
 import sys
 import threading
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
@@ -57,7 +56,7 @@ def joined() -> Iterator[None]:
     """
     if not dist.is_available():
         raise DeviceError("several ranks need a torch that is built with torch.distributed")
-    with _warned_once(), _losses_told():
+    with _losses_told():
         if dist.is_initialized():
             yield
             return
@@ -67,26 +66,6 @@ def joined() -> Iterator[None]:
             yield
         finally:
             dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def _warned_once() -> Iterator[None]:
-    """Show a warning once, as Python does where nothing makes it forget what it has shown.
-
-    FSDP2 warns of views that a model returns: a line for each model that is built.
-    """
-    show, shown = warnings.showwarning, set[tuple[Any, ...]]()  # Any: text, file and line
-
-    def show_new(message: Warning | str, category: type[Warning], *where: Any) -> None:
-        if (key := (str(message), *where[:2])) not in shown:
-            shown.add(key)
-            show(message, category, *where)
-
-    warnings.showwarning = show_new  # type: ignore[assignment]  # file and line are `where`
-    try:
-        yield
-    finally:
-        warnings.showwarning = show
 
 
 @contextlib.contextmanager

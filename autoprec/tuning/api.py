@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autoprec.common.noise import warned_once
 from autoprec.common.progress import Progress, report_nothing
 from autoprec.errors import SettingsError
 from autoprec.tuning.ranks import joined_ranks
@@ -63,7 +64,7 @@ def tune(
         given["proxy"] = str(proxy) if isinstance(proxy, str | Path) else LIVE_PROXY
     workload = _live_workload(found, "the functions given")
     small = _live_workload(proxy, LIVE_PROXY)
-    with joined_ranks():
+    with warned_once(), joined_ranks():
         run = Run(Settings.of(**given), workload=workload, proxy=small, progress=progress)
         with run.locked():
             return run.make()
