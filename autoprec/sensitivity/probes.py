@@ -156,7 +156,8 @@ def _probe_group(
     watched = {name: layer_named(reference.model, name) for name in reference.spec.names}
     batch, chunk = reference.batches[index], chunk_elements(reference.spec)
     recording = differentiated_calls(layers, is_parked=reference.is_parked)
-    with recording as found, recorded_choices(watched) as choices, recorded_reach(watched) as reach:
+    told = watched if index == 0 and probed.steps is None else {}  # once of a run
+    with recording as found, recorded_choices(watched) as choices, recorded_reach(told) as reach:
         gradient = _reference_pass(reference, index, found)
     probed.squared_norm = gradient.squared_norm
     probed.unseen |= found.unseen | choices.constant
