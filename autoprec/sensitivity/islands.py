@@ -18,7 +18,7 @@ explain, and are FP32 in every plan if half of that goes: what they cost so is n
 The user's code can be too coarse between many layers at once (splines, a residual far from zero).
 Where islands leave much, FP32 between all layers is tried, which stay in BF16 themselves, and kept
 if half of that goes, or of what no row knows. Kinks make neither go, as any small error crosses the
-same ones; so it is also kept where BF16 between layers leaves half by itself, one layer in BF16.
+same ones; so it is then tried with the worse half of layers in FP32 too, and kept by that rule.
 """
 
 import math
@@ -49,7 +49,7 @@ def find_islands(
     rows: Sequence[LayerSensitivity],
     joint: float,
     measure: Measure,
-    measure_alone: Callable[[str], float],
+    measure_low: Callable[[Sequence[str], Sequence[Island]], float],
 ) -> tuple[tuple[Island, ...], float]:
     """Return the islands that uniform BF16 needs, and its joint gradient error with them in FP32.
 
@@ -58,7 +58,7 @@ def find_islands(
         rows: the table.
         joint: the gradient error of uniform BF16.
         measure: the same with these islands in FP32.
-        measure_alone: that of one layer in BF16 and all others in FP32, with BF16 between them.
+        measure_low: that of these layers in BF16 and all others in FP32, between such islands.
     """
     own = {row.name: max(row.grad_error.mean, 0.0) for row in rows if row.option == BF16_O2}
     outside = tuple(parameter.name for parameter in reference.spec.uncovered)
@@ -79,11 +79,13 @@ def find_islands(
         known = math.fsum(own.values()) + between / 2
         if error <= (known if between >= FAR_TOO_COARSE else left / 2):
             return (Island(outputs=everything, grad_error=max(joint - error, 0.0)),), error
-        least = min(own, key=lambda name: own[name])
-        alone = measure_alone(least) - own[least]
-        if alone >= left / 2:  # what is left then are kinks that layers cross too: their rows
-            error = min(error, math.fsum(own.values()))
-            return (Island(outputs=everything, grad_error=alone),), error
+        low = sorted(own, key=lambda name: own[name])[: max(len(own) // 2, 1)]
+        without = measure_low(low, ())
+        if without >= FAR_TOO_COARSE:
+            saved = without - measure_low(low, [Island(outputs=everything)])
+            if saved >= without / 2:  # what is left above are kinks that layers cross: their rows
+                error = min(error, math.fsum(own.values()))
+                return (Island(outputs=everything, grad_error=saved),), error
     return tuple(found), left
 
 

@@ -57,7 +57,7 @@ class JointMeter:
             rows,
             joint.mean,
             lambda islands: self.measure_bf16(islands).mean,
-            lambda name: self._measure_alone(name).mean,
+            lambda names, islands: self._measure_low(names, islands).mean,
         )
         inside = {name for island in self.islands for name in island.names}
         bf16 = [row for row in rows if row.option == BF16_O2 and row.name not in inside]
@@ -71,12 +71,12 @@ class JointMeter:
         options = {**spec.bf16_options, **dict.fromkeys(fp32, FP32)}
         return self._measure(options, batches=ACTIVATION_BATCHES, islands=islands)
 
-    def _measure_alone(self, name: str) -> Estimate:
-        """Return the joint gradient error of one layer in BF16, with BF16 between all others."""
+    def _measure_low(self, names: Sequence[str], islands: Sequence[Island]) -> Estimate:
+        """Return the joint gradient error of these layers in BF16 and all others in FP32."""
         spec = self.reference.spec
-        own = {n: spec.bf16_options[n] for n in tied_with(spec, [name])}
-        options = {**dict.fromkeys(spec.names, FP32), **own}
-        return self._measure(options, batches=ACTIVATION_BATCHES, islands=())
+        low = {name: spec.bf16_options[name] for name in tied_with(spec, names)}
+        options = {**dict.fromkeys(spec.names, FP32), **low}
+        return self._measure(options, batches=ACTIVATION_BATCHES, islands=islands)
 
     @random_state_kept()
     def _measure(
