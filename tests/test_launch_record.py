@@ -16,7 +16,9 @@ from autoprec.cli.main import main
 from autoprec.errors import WorkloadError
 from autoprec.integrations.launch import Script, record_workload
 from autoprec.integrations.launch.calls import RecordedBatch
-from autoprec.records import Plan
+from autoprec.model.capture import capture_model
+from autoprec.model.context import Context
+from autoprec.records import BF16_O2, FP32, Plan
 from autoprec.sensitivity.preconditioner import read_preconditioner
 from autoprec.workload.functions import Workload, check_batches
 from autoprec.workload.optimizers import name_of, optimizers_in
@@ -205,6 +207,18 @@ reverse, scratch = Reversed.apply, torch.empty(16, 16)
         gradients.append(torch.autograd.grad(loss, [*model.parameters()]))
     for reversed_, usual in zip(*gradients, strict=True):
         torch.testing.assert_close(reversed_, -0.5 * usual)
+
+
+def test_layers_whose_weights_a_script_multiplies_itself_are_fp32_alone(tmp_path: Path) -> None:
+    """As a tied head or prototypes outside of the model; a penalty takes BF16 as it is."""
+    own = "    loss = F.cross_entropy(model(x) @ model.head.weight[:, :16], y)\n"
+    own += "    loss = loss + 1e-3 * model.first.weight.square().sum()\n"
+    body = HEAD + LOOP.replace("    loss = F.cross_entropy(model(x), y)\n", own)
+    workload = record(tmp_path, body)
+    assert workload.written.multiplied == {"head.weight"}
+    spec = capture_model(Context(workload, torch.device("cpu")))
+    assert spec.layer("head").options == (FP32,)
+    assert BF16_O2 in spec.layer("first").options
 
 
 def test_weights_that_a_later_step_thaws_are_trained_in_all(

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +41,7 @@ from autoprec.model.layers import (
 from autoprec.model.local_copy import computed_features
 from autoprec.model.options import (
     HAS_EXPERTS,
+    MULTIPLIED,
     NO_PLAIN_WEIGHT,
     USED_UNCALLED,
     WITHOUT_GRAD,
@@ -262,11 +263,15 @@ def make_spec(
     if reason := master_refusal(seen.model):
         raise WorkloadError(reason)
     names: dict[int, str] = {}  # of parameters, where each came first
-    layers = tuple(_layer_spec(name, seen, support, names=names) for name in seen.calls)
+    multiplied = {seen.model.get_parameter(name) for name in workload.written.multiplied}
+    layers = tuple(
+        _layer_spec(name, seen, support, names=names, multiplied=multiplied) for name in seen.calls
+    )
     if not any(layer.calls for layer in layers):
         raise CaptureError(
-            "at least one layer must run in the training step, but none did; loss_fn(model, batch) "
-            "must call the model that it is given, not functions of its weights (torchrl's losses)"
+            "at least one layer must run in the training step, but none did; layers are modules "
+            "that the model holds (in an nn.ModuleList, not a list) and that the step calls, and "
+            "functions of their weights are no calls (torchrl's losses)"
         )
     return ModelSpec(
         layers=layers,
@@ -284,7 +289,12 @@ def make_spec(
 
 
 def _layer_spec(
-    name: str, seen: ObservedStep, support: Fp8Support, *, names: dict[int, str]
+    name: str,
+    seen: ObservedStep,
+    support: Fp8Support,
+    *,
+    names: dict[int, str],
+    multiplied: Collection[nn.Parameter],
 ) -> LayerSpec:
     layer, calls = seen.layers.modules[name], seen.calls[name]
     kind = layer_kind(layer)
@@ -298,11 +308,7 @@ def _layer_spec(
         obstacle = _uneven(layer, gemm)
     is_used_uncalled = kind is LayerKind.LINEAR and not calls and _has_gradient(layer, seen)
     obstacle = USED_UNCALLED if is_used_uncalled else obstacle
-    if kind is LayerKind.LINEAR and calls and not in_step:
-        obstacle = WITHOUT_GRAD
-    obstacle = next((call.obstacle for call in calls if call.obstacle), obstacle)
-    if kind is LayerKind.OTHER and any(wide_dims(p) > 2 for p in layer.parameters()):
-        obstacle = HAS_EXPERTS
+    obstacle = _obstacle(layer, kind, calls, multiplied) or obstacle
     options, refusals = layer_options(
         kind=kind,
         gemm=gemm,
@@ -331,6 +337,20 @@ def _layer_spec(
         made_by=next((call.made_by for call in in_step if call.made_by), "") if gemm else "",
     )
     return spec.model_copy(update={"heads": attention_heads(seen.model, spec)})
+
+
+def _obstacle(
+    layer: nn.Module, kind: LayerKind, calls: Sequence[Call], multiplied: Collection[nn.Parameter]
+) -> str:
+    """Return what the step does with a layer that keeps it out of FP8, if it does."""
+    if any(parameter in multiplied for parameter in layer.parameters()):
+        return MULTIPLIED
+    if kind is LayerKind.OTHER and any(wide_dims(p) > 2 for p in layer.parameters()):
+        return HAS_EXPERTS
+    untrained = kind is LayerKind.LINEAR and calls and not any(call.with_grad for call in calls)
+    return next(
+        (call.obstacle for call in calls if call.obstacle), WITHOUT_GRAD if untrained else ""
+    )
 
 
 def _uneven(layer: nn.Module, gemm: GemmShape) -> str:

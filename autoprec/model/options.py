@@ -44,9 +44,14 @@ CONVERTED = (
     "the model's own code moves it to another dtype in forward, as a router's that is to be in "
     "FP32, and so out of a plan's"
 )
+MULTIPLIED = (
+    "the script computes with its weight itself, outside of the model, where torch takes no BF16 "
+    "beside FP32"
+)
+IN_FP32_ALONE = (CONVERTED, MULTIPLIED)
 # what the step does with a layer rules it out on any device
 ON_ANY_DEVICE = frozenset(
-    (USED_UNCALLED, HAS_EXPERTS, TWICE_DIFFERENTIATED, WITHOUT_GRAD, IN_TRANSFORM, CONVERTED)
+    (USED_UNCALLED, HAS_EXPERTS, TWICE_DIFFERENTIATED, WITHOUT_GRAD, IN_TRANSFORM, *IN_FP32_ALONE)
 )
 ATTENTION = (
     "nn.MultiheadAttention holds its projections as parameters of its own, and FP8 is for "
@@ -82,7 +87,7 @@ def layer_options(
         obstacle: what else keeps the layer out of FP8, e.g. its class.
         unavailable: why the device runs none, if it does not.
     """
-    if obstacle == CONVERTED:
+    if obstacle in IN_FP32_ALONE:
         ways = (Precision.BF16_O2, Precision.FP8_O1)
         return (FP32,), tuple(Refusal(precision=way, reason=obstacle) for way in ways)
     reason = obstacle or _refusal(kind, gemm)

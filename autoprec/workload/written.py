@@ -38,7 +38,8 @@ class Written:
     which FSDP's policy (`MixedPrecisionPolicy`) gathers them. A recorded script's
     `script_autocast` and `script_compiles` are around its functions, so they are no part of them.
     `moving` is what training writes into beside its trained weights and buffers, by name:
-    parameters that nobody trains, attributes of modules.
+    parameters that nobody trains, attributes of modules. `multiplied` are the parameters, by name,
+    with which a recorded script computes itself so that they must be FP32.
     """
 
     dtypes: set[torch.dtype] = field(default_factory=set)
@@ -48,6 +49,7 @@ class Written:
     script_autocast: torch.dtype | None = None
     script_compiles: bool = False
     moving: set[str] = field(default_factory=set)
+    multiplied: frozenset[str] = frozenset()
 
     @property
     def is_low(self) -> bool:

@@ -21,7 +21,7 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -51,6 +51,8 @@ from autoprec.integrations.launch.weights import gradient_norm
 from autoprec.integrations.plans import remove_autocast
 from autoprec.model.layers import find_layers
 from autoprec.model.local_copy import copy_model
+from autoprec.records import BF16_O2
+from autoprec.runtime import install_options
 from autoprec.workload.functions import UserCode, Workload, move_batch, workload_from
 from autoprec.workload.optimizers import in_turn, trained_by
 from autoprec.workload.written import LOW_PRECISION, Written, in_fp32
@@ -103,6 +105,7 @@ def record_workload(script: Script, *, steps: int) -> Workload:
     functions |= _around_steps(recorder, optimizers)
     workload = workload_from(functions, name=script.name, digest=_digest(script, recorder))
     written = Written(script_autocast=autocast, script_compiles=first.is_compiled, moving=followers)
+    written.multiplied = _multiplied(first, batches[0])
     return replace(workload, written=written)
 
 
@@ -265,6 +268,33 @@ def check_recording(
                 f"again instead of {wanted:.6g}: {cause}",
             )
     return next(iter(seen), first.policy.low_dtype)
+
+
+def _multiplied(first: FirstCall, recorded: RecordedBatch) -> frozenset[str]:
+    """Return the parameters of layers with which the script itself computes in FP32 alone."""
+    model = copy_model(first.model).to(first.device)
+    batch, layers = move_batch(recorded, first.device), find_layers(model)
+    used = {node.target for node in recorded.graph.nodes}
+    named = [n for i, (n, _) in enumerate(model.named_parameters()) if f"parameter_{i}" in used]
+    holders = {n: _holders(model.get_parameter(n), layers) for n in named}
+
+    def runs(names: Iterable[str]) -> bool:
+        options = dict.fromkeys((layer for name in names for layer in holders[name]), BF16_O2)
+        try:
+            with install_options(model, options, activation_dtype=torch.float32):
+                recorded_loss(model, batch)
+        except (RuntimeError, TypeError, ValueError):
+            return False
+        return True
+
+    if any(parameter.dtype in LOW_PRECISION for parameter in model.parameters()):
+        return frozenset()  # what the script computes with is 16-bit without a plan, too
+    with random_state_kept():
+        return frozenset() if runs(named) else frozenset(n for n in named if not runs([n]))
+
+
+def _holders(parameter: nn.Parameter, layers: Mapping[str, nn.Module]) -> list[str]:
+    return [n for n, layer in layers.items() if any(p is parameter for p in layer.parameters())]
 
 
 def _shuffled(batches: list[RecordedBatch], seed: int) -> Iterator[RecordedBatch]:
