@@ -676,7 +676,7 @@ def test_an_expected_gap_below_the_measured_one_is_not_to_be_relied_on() -> None
 def test_why_bf16_is_not_the_plan_is_part_of_the_answer() -> None:
     run = make_run()
     assert run.plan
-    note = "BF16 O2 is 2.85x faster, but FP32 is the plan: the gradient error of BF16 O2 is 3 %"
+    note = "BF16 O2 is 2.85x faster, but FP32 is the plan: BF16's gradient error is 3 %"
     assert summarise_run(run).bf16_answer == ""
     plan = run.plan.model_copy(update={"notes": (*run.plan.notes, note)})
     found = summarise_run(replace(run, plan=plan))

@@ -10,6 +10,7 @@ from autoprec.records import (
     FrontPoint,
     Gemm,
     GemmShape,
+    Island,
     LayerKind,
     LayerTiming,
     Operand,
@@ -444,10 +445,17 @@ def test_a_plan_that_is_slower_than_bf16_for_its_error_says_so() -> None:
         "a": {FP32: (4.0, 0.0), BF16_O2: (2.0, 1e-2)},
         "b": {FP32: (4.0, 0.0), BF16_O2: (2.0, 1e-5)},
     }
-    _, plan = planned(tables_of(rows), budget=4e-3)
-    assert plan.options == (FP32, BF16_O2)
-    said = "BF16 O2 is 1.33x faster, but not the plan: the gradient error of BF16 O2 is 1.0 %, the "
-    assert f"{said}budget 0.40 %; 2.6x the --loss-tolerance lets it in" in plan.notes
+    profile, sensitivity = tables_of(rows)
+    between = Island(outputs=("a", "b"), grad_error=0.1)  # measured with it, and not BF16 O2 itself
+    for islands, which in (
+        ((), "1.33x faster"),
+        ((between,), "1.29x faster with FP32 between layers"),
+    ):
+        known = sensitivity.model_copy(update={"islands": islands})
+        _, plan = planned((profile, known), budget=4e-3)
+        assert plan.options == (FP32, BF16_O2)
+        said = f"BF16 O2 is {which}, but not the plan: BF16's gradient error is 1.0 %, "
+        assert f"{said}the budget 0.40 %; 2.6x the --loss-tolerance lets it in" in plan.notes
 
 
 @pytest.mark.parametrize(
@@ -457,7 +465,7 @@ def test_a_plan_that_is_slower_than_bf16_for_its_error_says_so() -> None:
         (
             TYPICAL,
             5e-6,
-            "BF16 O2 is 1.75x faster, but FP32 is the plan: the gradient error of BF16 O2 is",
+            "BF16 O2 is 1.75x faster, but FP32 is the plan: BF16's gradient error is",
         ),
         ({FP32: (2.0, 0.0)}, 4e-3, "no layer can take it"),
     ],

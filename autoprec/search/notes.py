@@ -265,7 +265,7 @@ def _why_no_bf16(problem: Problem, search: Search, options: Options) -> str:
         allowed = zip(costs.layers, uniform, problem.allowed, strict=True)
         closed = first_and_more(layer.name for layer, own, may in allowed if own not in may)
         why = f"{closed} {MAY_NOT}"
-    return f"BF16 O2 is {compared(bf16_ms, fp32_ms)}, but FP32 is the plan: {why}"
+    return f"BF16 O2 is {compared(bf16_ms, fp32_ms)}{costs.with_fp32}, but FP32 is the plan: {why}"
 
 
 def _why_slower(problem: Problem, search: Search, options: Options) -> str:
@@ -275,7 +275,8 @@ def _why_slower(problem: Problem, search: Search, options: Options) -> str:
     over = _over_budget(problem, search, uniform)
     if not over or bf16_ms > (1.0 - NOTABLE) * own_ms:
         return ""
-    return f"BF16 O2 is {compared(bf16_ms, own_ms)}, but not the plan: {over}"
+    faster = compared(bf16_ms, own_ms) + problem.costs.with_fp32
+    return f"BF16 O2 is {faster}, but not the plan: {over}"
 
 
 def _over_budget(problem: Problem, search: Search, uniform: Options) -> str:
@@ -283,7 +284,7 @@ def _over_budget(problem: Problem, search: Search, uniform: Options) -> str:
     error, budget = next(trials, problem.costs.grad_error(uniform)), search.grad_error_budget
     if error <= budget:
         return ""
-    said = f"the gradient error of BF16 O2 is {percent(error)}, the budget {percent(budget)}"
+    said = f"BF16's gradient error is {percent(error)}, the budget {percent(budget)}"
     if not budget or error > min(problem.ceiling, LARGER * budget):
         return said
     times = math.ceil(10.0 * error / budget) / 10
