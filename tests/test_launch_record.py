@@ -774,7 +774,7 @@ REFUSALS = {
     "a learned weight of the loss": (
         "loss = F.cross_entropy(model(x), y)",
         "loss = other.bias[:4].exp().sum() * F.cross_entropy(model(x), y)",
-        r"also depends on a tensor of shape \(16,\) .* is not the model's",
+        r"also depends on a weight of shape \(16,\) of Linear that is not the model's",
     ),
     "a penalty from before the call": (
         "loss = F.cross_entropy(model(x), y)",

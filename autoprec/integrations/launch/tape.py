@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from autoprec.errors import WorkloadError
+from autoprec.integrations.launch.alive import find_roots
 from autoprec.integrations.launch.patches import Function
 from autoprec.model.recording import nodes_behind
 from autoprec.runtime.activations import ActivationMode
@@ -208,6 +209,8 @@ class Tape:
         for leaf in [node.variable for node in nodes] if value.grad_fn else [value]:
             if id(leaf) not in self._known:
                 shape = f"of shape {tuple(leaf.shape)}" if leaf.ndim else "that is one number"
+                if isinstance(leaf, nn.Parameter) and (owner := next(find_roots(leaf), None)):
+                    return f"a weight {shape} of {type(owner).__name__} that is not the model's"
                 return f"a tensor {shape} that requires gradients and is not the model's"
         name = value.grad_fn.name() if value.grad_fn else "a parameter"
         if isinstance(value.grad_fn, torch.autograd.function.BackwardCFunction):
