@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoprec.device.torchao import float8_config, import_torchao
@@ -58,6 +59,13 @@ def run_emulated(
     assert linear.weight.grad is not None
     assert linear.bias.grad is not None
     return y.detach(), x.grad, linear.weight.grad, linear.bias.grad
+
+
+def test_what_an_emulated_linear_gives_may_be_changed_in_place() -> None:
+    linear = nn.Linear(K, N)
+    with emulated_layer(linear, fp8_option(Recipe.TENSORWISE), chunk=7 * (K + N)):
+        for shape in ((M, K), (2, M, K)):
+            torch.autograd.backward(F.relu(linear(torch.randn(shape)), inplace=True).sum())
 
 
 @pytest.mark.parametrize(

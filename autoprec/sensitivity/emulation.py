@@ -91,12 +91,13 @@ class _EmulatedLinear(torch.autograd.Function):
         left, right = _matrices(how, weight, x_MK)
         sides = how.casts.get(Gemm.OUTPUT)
         w_NK, shift_N = right.taken(sides, 1, slice(None), how), round_bf16(weight) @ mean_K
-        y_MN = x.new_empty(len(x_MK), len(weight), dtype=torch.float32)
+        output = x.new_empty(*x.shape[:-1], len(weight), dtype=torch.float32)
+        y_MN = output.view(-1, len(weight))  # a view may not be changed in place behind it
         for rows in left.chunks():
             # [M, K] @ [K, N] -> [M, N]
             y = round_bf16((left.taken(sides, 0, rows, how) @ w_NK.t()).add_(shift_N))
             y_MN[rows] = y if bias is None else round_bf16(y + round_bf16(bias))
-        return y_MN.reshape(*x.shape[:-1], -1)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
