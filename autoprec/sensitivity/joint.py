@@ -9,8 +9,6 @@ from autoprec.records.sensitivity import Estimate, Island, LayerSensitivity, fp3
 from autoprec.sensitivity.islands import find_islands
 from autoprec.sensitivity.reference import Reference
 
-ACTIVATION_BATCHES = 1  # the activations' own error is far smaller than that of any FP8 plan
-
 
 class JointMeter:
     """Measures whole assignments against one set of reference gradients, kept on the CPU.
@@ -62,21 +60,21 @@ class JointMeter:
         inside = {name for island in self.islands for name in island.names}
         bf16 = [row for row in rows if row.option == BF16_O2 and row.name not in inside]
         error = max(left - math.fsum(row.grad_error.mean for row in bf16), 0.0)
-        return joint.model_copy(update={"mean": error}), self.islands
+        return Estimate(mean=error), self.islands
 
     def measure_bf16(self, islands: Sequence[Island] = ()) -> Estimate:
         """Return the joint gradient error of uniform BF16 but for islands."""
         spec = self.reference.spec
         fp32 = tied_with(spec, [name for island in islands for name in island.names])
         options = {**spec.bf16_options, **dict.fromkeys(fp32, FP32)}
-        return self._measure(options, batches=ACTIVATION_BATCHES, islands=islands)
+        return self._measure(options, batches=len(self.reference.batches), islands=islands)
 
     def _measure_low(self, names: Sequence[str], islands: Sequence[Island]) -> Estimate:
         """Return the joint gradient error of these layers in BF16 and all others in FP32."""
         spec = self.reference.spec
         low = {name: spec.bf16_options[name] for name in tied_with(spec, names)}
         options = {**dict.fromkeys(spec.names, FP32), **low}
-        return self._measure(options, batches=ACTIVATION_BATCHES, islands=islands)
+        return self._measure(options, batches=len(self.reference.batches), islands=islands)
 
     @random_state_kept()
     def _measure(
