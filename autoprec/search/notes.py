@@ -258,7 +258,7 @@ def _why_no_bf16(problem: Problem, search: Search, options: Options) -> str:
             f"{significant(bf16_ms / max(fp32_ms, SHORTEST_MS), 3)}x as long in BF16 O2 as in FP32"
         )
     if over := _over_budget(problem, search, uniform):
-        why = over
+        why = f"BF16's {over}"
     elif options != search.chosen.options:
         why = "training refuted plans with BF16, within the budget by their gradient error"
     else:
@@ -276,7 +276,7 @@ def _why_slower(problem: Problem, search: Search, options: Options) -> str:
     if not over or bf16_ms > (1.0 - NOTABLE) * own_ms:
         return ""
     faster = compared(bf16_ms, own_ms) + problem.costs.with_fp32
-    return f"BF16 O2 is {faster}, but not the plan: {over}"
+    return f"BF16 O2 is {faster}, but its {over}"  # two lines of the answer, which has few
 
 
 def _over_budget(problem: Problem, search: Search, uniform: Options) -> str:
@@ -284,7 +284,7 @@ def _over_budget(problem: Problem, search: Search, uniform: Options) -> str:
     error, budget = next(trials, problem.costs.grad_error(uniform)), search.grad_error_budget
     if error <= budget:
         return ""
-    said = f"BF16's gradient error is {percent(error)}, the budget {percent(budget)}"
+    said = f"gradient error is {percent(error)}, the budget {percent(budget)}"
     if not budget or error > min(problem.ceiling, LARGER * budget):
         return said
     times = math.ceil(10.0 * error / budget) / 10
