@@ -74,7 +74,8 @@ def test_workers_give_the_numbers_of_one_process(tmp_path: Path) -> None:
         + "def build_model():\n"
         + "    return fp32_model().bfloat16()\n"
         + "def loss_fn(model, batch):\n"
-        + "    return fp32_loss(model, [x.to(model[0].weight.dtype) for x in batch])\n"
+        + "    dtype = model[0].weight.dtype\n"
+        + "    return fp32_loss(lambda x: model(x.to(dtype)).float(), batch)\n"
     )
     alone = verified(tmp_path / "alone", model=model)
     together = verified(tmp_path / "together", Workers(2), model=model)
