@@ -24,6 +24,7 @@ true over predicted gap, normal with the spread that gives the interval, a gap m
 says theta up to DRIFT * log(N / n), which is how much theta itself changes on the way to N.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -46,6 +47,9 @@ QUANTILE = 1.2816  # of a normal distribution, at 0.5 + CONFIDENCE / 2
 LONGEST_STEPS = 2000  # of the runs that the constants were fitted to
 FARTHEST = 10  # times that; nothing is known beyond
 GROWTH_DOUBT = 0.5  # how far GROWTH may be off beyond: NVFP4's GEMMs have 0.3 to 0.85 (Quartet II)
+# The first 50 of 300 steps cost a tenth to two thirds of a whole run's gap, by family, and those of
+# 2000 up to a fifth (docs/convergence.md): at most EARLY * (50 / N)^0.5
+EARLY = 1.5
 # above it, grad_weight's counted whole, quantised training stops being effective: Chmiel et al.,
 # "FP4 All the Way", 2505.19115
 CEILING = 1 / 3
@@ -108,7 +112,7 @@ def grad_error_budget_for(sensitivity: Sensitivity, tolerance: float, steps: int
     error that was measured on the way (`growth`) the one that predicts, up to CEILING: beyond, as
     at a step whose recurrence is unstable, a gap is in proportion to no error.
     """
-    grown = growth(sensitivity, most=CEILING)
+    grown = growth(sensitivity, most=CEILING, steps=steps)
     return tolerance / (ABOVE * _doubt(steps) * gap_per_error(steps) * grown)
 
 
@@ -117,18 +121,22 @@ def gap_per_error(steps: int) -> float:
     return LEVEL * math.pow(steps / WHOLE_STEPS, GROWTH)
 
 
-def growth(sensitivity: Sensitivity, *, most: float = math.inf) -> float:
+def growth(sensitivity: Sensitivity, *, most: float = math.inf, steps: int = 0) -> float:
     """Return the largest gradient error that is known over the one where the table was.
 
     The largest of those measured on the way, `most` at most and by no more than is beyond their own
     standard error (single choices of experts make one batch's 50 times another's), at the planned
-    run's tokens per optimizer step where they were given and what they do is known.
+    run's tokens per optimizer step where they were given and what they do is known. Of a run of so
+    many steps an earlier error that was larger has a part only.
     """
-    errors = [point.grad_error for point in sensitivity.by_step]
-    last = errors[-1].mean if errors else 0.0
-    known = (error.mean - (error.stderr or 0.0) for error in errors)
-    found = min(max(known), most) / last if last > 0.0 else 1.0
-    return max(found, 1.0) * _batch_ratio(sensitivity)
+    points = sensitivity.by_step
+    last = points[-1].grad_error.mean if points else 0.0
+    grown = 1.0
+    for point, after in itertools.pairwise(points) if last > 0.0 else ():
+        error = point.grad_error.mean - (point.grad_error.stderr or 0.0)
+        part = min(EARLY * math.sqrt(after.step / steps), 1.0) if steps else 1.0
+        grown = max(grown, 1.0 + part * (min(error, most) / last - 1.0))
+    return grown * _batch_ratio(sensitivity)
 
 
 def _doubt(steps: int) -> float:
