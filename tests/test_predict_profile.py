@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from autoprec.common.recipes import Gemm, Precision, Recipe
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
-from autoprec.model.options import CONVERTED, ON_ANY_DEVICE
+from autoprec.model.options import IN_FP32_ALONE, ON_ANY_DEVICE
 from autoprec.model.roles import Role, role_of
 from autoprec.predict import Parallel, load_device_profile, predict_linear, predict_profile
 from autoprec.records.cost import LayerTiming, Profile
@@ -87,7 +87,7 @@ def test_a_layer_that_is_no_plain_linear_stays_refused() -> None:
 def test_what_the_step_does_with_a_layer_rules_fp8_out_on_any_device(reason: str) -> None:
     refusal = Refusal(precision=Precision.FP8_O1, reason=reason)
     layer = predicted(model_of(linear_layer("up", 4096, 4096, refusals=(refusal,)))).model.layers[0]
-    assert layer.options == ((FP32,) if reason == CONVERTED else (FP32, BF16_O2))
+    assert layer.options == ((FP32,) if reason in IN_FP32_ALONE else (FP32, BF16_O2))
     assert refusal in layer.refusals
 
 
