@@ -121,7 +121,7 @@ def gap_per_error(steps: int) -> float:
     return LEVEL * math.pow(steps / WHOLE_STEPS, GROWTH)
 
 
-def growth(sensitivity: Sensitivity, *, most: float = math.inf, steps: int = 0) -> float:
+def growth(sensitivity: Sensitivity, *, most: float = math.inf, steps: int | None = None) -> float:
     """Return the largest gradient error that is known over the one where the table was.
 
     The largest of those measured on the way, `most` at most and by no more than is beyond their own
