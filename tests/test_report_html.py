@@ -166,7 +166,9 @@ def test_every_time_and_error_says_measured_or_predicted() -> None:
         steps = re.findall(r" ms (measured|predicted)", figure_of(text, "One training step"))
         assert len(steps) >= 3
         assert set(steps) == {basis}
-    assert "gradient error (measured)" in render_html(make_run())
+    heads = re.search(r">gradient error</text>\s*<text[^>]*>\((.*?)\)<", render_html(make_run()))
+    assert heads is not None
+    assert heads[1] == "measured"
 
 
 def figure_of(text: str, title: str) -> str:

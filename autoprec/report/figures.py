@@ -48,12 +48,14 @@ def layers_figure(groups: Sequence[LayerGroup]) -> Markup:
     known = [row for row in drawn if row["grad_error"] is not None]
     errors = Scale(0.0, max([1e-30, *(row["grad_error"] for row in known)]), *ERROR_PX)
     label = f"ms per step, forward and backward ({_bases(timed, 'time_basis')})"
-    error_title = f"gradient error ({_bases(known, 'grad_error_basis')})" if known else ""
     parts = [
         svg.x_axis(x, 30.0, bottom, label=label, show=PLAIN),
         svg.text(SAVED_PX, 20.0, "saved, ms", kind="tick", anchor="end"),
-        svg.text(ERROR_PX[0], 20.0, error_title, kind="tick"),
     ]
+    if known:  # two bases are too long for one line
+        bases = _bases(known, "grad_error_basis")
+        lines = (7.0, "gradient error"), (20.0, f"({bases})")
+        parts += [svg.text(ERROR_PX[0], y, line, kind="tick") for y, line in lines]
     for place, row in enumerate(rows):
         parts += _layer_marks(row, 36.0 + 26.0 * place, x, errors)
     keys = {"o-bf16_o2 pale": "all in BF16 O2"}
