@@ -99,7 +99,7 @@ class Costs:
     locks: Mapping[str, str] = field(default_factory=dict)  # out of FP8 unless kept, and why
     communication: Communication | None = None
     islands: tuple[tuple[tuple[int, ...], float], ...] = ()  # layers, and their error in 16 bits
-    with_fp32: str = ""  # what every plan has in FP32, in words
+    fp32_always: frozenset[str] = frozenset()  # what every plan has in FP32, by name
 
     def outside(self, options: Sequence[Option]) -> OutsideLayers:
         """Return the time, error and bytes of a plan outside its layers."""
@@ -211,7 +211,7 @@ def make_costs(profile: Profile, sensitivity: Sensitivity) -> Costs:
     scale = _layer_scale(profile)
     prices = tuple({o: price.scaled(scale) for o, price in own.items()} for own, _ in priced)
     activation_error = max(sensitivity.activation_error.mean, 0.0)
-    between, part = (FP32, "") if sensitivity.is_fp32_between else (BF16_O2, "some ")
+    between = FP32 if sensitivity.is_fp32_between else BF16_O2
     return Costs(
         layers=layers,
         prices=prices,
@@ -225,7 +225,7 @@ def make_costs(profile: Profile, sensitivity: Sensitivity) -> Costs:
         ),
         communication=profile.communication,
         islands=tuple((at, e) for at, e in islands if all(FP32 in prices[i] for i in at)),
-        with_fp32=f" with {part}FP32 between layers" if always else "",
+        fp32_always=frozenset(always),
     )
 
 

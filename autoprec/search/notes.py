@@ -265,7 +265,8 @@ def _why_no_bf16(problem: Problem, search: Search, options: Options) -> str:
         allowed = zip(costs.layers, uniform, problem.allowed, strict=True)
         closed = first_and_more(layer.name for layer, own, may in allowed if own not in may)
         why = f"{closed} {MAY_NOT}"
-    return f"BF16 O2 is {compared(bf16_ms, fp32_ms)}{costs.with_fp32}, but FP32 is the plan: {why}"
+    faster = compared(bf16_ms, fp32_ms) + _with_fp32(costs)
+    return f"BF16 O2 is {faster}, but FP32 is the plan: {why}"
 
 
 def _why_slower(problem: Problem, search: Search, options: Options) -> str:
@@ -275,8 +276,16 @@ def _why_slower(problem: Problem, search: Search, options: Options) -> str:
     over = _over_budget(problem, search, uniform)
     if not over or bf16_ms > (1.0 - NOTABLE) * own_ms:
         return ""
-    faster = compared(bf16_ms, own_ms) + problem.costs.with_fp32
+    faster = compared(bf16_ms, own_ms) + _with_fp32(problem.costs)
     return f"BF16 O2 is {faster}, but its {over}"  # two lines of the answer, which has few
+
+
+def _with_fp32(costs: Costs) -> str:
+    """Return what BF16 O2 has in FP32 beside its layers, as every plan."""
+    if not costs.fp32_always:
+        return ""
+    is_all = costs.fp32_always.issuperset(layer.name for layer in costs.layers)
+    return " with FP32 between layers" if is_all else " with some FP32 beside layers"
 
 
 def _over_budget(problem: Problem, search: Search, uniform: Options) -> str:

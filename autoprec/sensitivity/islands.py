@@ -23,17 +23,11 @@ same ones; so it is then tried with the worse half of layers in FP32 too, and ke
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
-from functools import partial
-
-from torch import nn
-from torch.autograd.graph import Node
 
 from autoprec.model.layers import layer_named
-from autoprec.model.recording import nodes_behind
 from autoprec.records import BF16_O2, Island, LayerSensitivity
+from autoprec.sensitivity.reach import recorded_reach
 from autoprec.sensitivity.reference import Reference
-from autoprec.workload.functions import tensors_in
 
 TOO_COARSE = 1e-3  # of uniform BF16; networks without an offset have 1e-6 to 2e-4
 FAR_TOO_COARSE = 4e-3  # left of it, a usual budget: FP32 between all layers costs time
@@ -147,22 +141,9 @@ def find_producers(reference: Reference, names: Collection[str]) -> dict[str, tu
     None are found where autograd keeps no graph (the model's own input, checkpointing), and none
     are returned where there are more than MOST_PRODUCERS.
     """
-    made_by: dict[Node, str] = {}
-    found: dict[str, set[str]] = {}
-
-    def note_inputs(name: str, _: nn.Module, args: object, kwargs: Mapping[str, object]) -> None:
-        met = nodes_behind(tensors_in((args, list(kwargs.values()))), made_by.__contains__)
-        found.setdefault(name, set()).update(made_by[n] for n in met if n in made_by)
-
-    def note_output(name: str, _: nn.Module, __: object, output: object) -> None:
-        made_by.update({t.grad_fn: name for t in tensors_in(output) if t.grad_fn is not None})
-
-    with ExitStack() as stack:
-        for name in reference.spec.names:
-            layer, note = layer_named(reference.model, name), partial(note_inputs, name)
-            if name in names:
-                stack.enter_context(layer.register_forward_pre_hook(note, with_kwargs=True))
-            stack.enter_context(layer.register_forward_hook(partial(note_output, name)))
+    layers = {name: layer_named(reference.model, name) for name in reference.spec.names}
+    with recorded_reach(layers) as reach:
         reference.run(0, keep=())
-    few = {name: makers for name, makers in found.items() if len(makers) <= MOST_PRODUCERS}
+    found = {name: own or () for name, own in reach.makers.items() if name in names}
+    few = {name: own for name, own in found.items() if len(own) <= MOST_PRODUCERS}
     return {name: tuple(n for n in reference.spec.names if n in few[name]) for name in few}

@@ -7,7 +7,7 @@ heads) run one after the other and are not in front of each other.
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from torch import nn
@@ -20,13 +20,30 @@ from autoprec.sensitivity.constants import is_in_backward
 
 @dataclass
 class Reach:
-    """For each layer that was called, in this order, those in front of it.
+    """The layers that were called, in this order, and those whose outputs each one's is made of.
 
-    A layer whose output has no history, as reentrant checkpointing's, is in front of all that are
-    called later. One that is called again is in front of and behind what comes between.
+    `makers` are they where functions alone come between; None where an output has no history, as
+    reentrant checkpointing's.
     """
 
-    in_front: dict[str, set[str]] = field(default_factory=dict)
+    makers: dict[str, set[str] | None] = field(default_factory=dict)
+
+    @cached_property
+    def in_front(self) -> dict[str, set[str]]:
+        """All layers in front of each; without a history all that are called before it.
+
+        One that is called again is in front of and behind what comes between.
+        """
+        near, unknown, called = dict[str, set[str]](), set[str](), set[str]()
+        for name, own in self.makers.items():
+            near[name] = set(called) if own is None else own | unknown
+            unknown |= {name} if own is None else set()
+            called.add(name)
+        found, size = {name: set(own) for name, own in near.items()}, -1
+        while size != (size := sum(map(len, found.values()))):  # twice, but for loops
+            for name, own in near.items():
+                found[name].update(*(found[other] for other in own))
+        return {name: own - {name} for name, own in found.items()}
 
     def related(self, model: nn.Module, names: Iterable[str]) -> dict[str, tuple[list[int], ...]]:
         """Return the model's parameters, by place, at or behind each layer, and those in front.
@@ -70,40 +87,26 @@ def recorded_reach(layers: Mapping[str, nn.Module]) -> Iterator[Reach]:
         for name, layer in layers.items():
             stack.callback(layer.register_forward_hook(partial(see, name)).remove)
         yield found
-    found.in_front |= _in_front(made)
-
-
-def _in_front(made: Mapping[str, set[Node]]) -> dict[str, set[str]]:
-    """Return the layers in front of each, from what their outputs were made by, in call order."""
-    bits = {name: 1 << place for place, name in enumerate(made)}
-    own: dict[Node, int] = {}
+    behind = _layers_behind(made)
     for name, nodes in made.items():
-        for node in nodes:
-            own[node] = own.get(node, 0) | bits[name]
-    behind = _reached(own)
-    found, unknown = dict[str, set[str]](), 0  # those without a history, so far
-    for name, nodes in made.items():
-        known = unknown if nodes else bits[name] - 1  # all before it
-        for node in nodes:
-            known |= behind[node]
-        found[name] = {other for other, bit in bits.items() if known & bit and other != name}
-        unknown |= 0 if nodes else bits[name]
-    return found
+        inputs = [each for node in nodes for each in _inputs(node)]
+        found.makers[name] = set().union(*(behind[each] for each in inputs)) if nodes else None
 
 
-def _reached(own: Mapping[Node, int]) -> dict[Node, int]:
-    """Return the bits of each node and of all behind it, each node once, without recursion."""
-    found: dict[Node, int] = {}
-    waiting = [(node, False) for node in own]
+def _layers_behind(made: Mapping[str, set[Node]]) -> dict[Node, frozenset[str]]:
+    """Return the layer whose output each node is, or those it is made of, without recursion."""
+    found = {node: frozenset([name]) for name, nodes in made.items() for node in nodes}
+    waiting = [(each, False) for node in found for each in _inputs(node)]
     while waiting:
         node, is_ready = waiting.pop()
         if node in found:
             continue
-        inputs = [behind for behind, _ in node.next_functions if behind is not None]
         if is_ready:
-            found[node] = own.get(node, 0)
-            for behind in inputs:
-                found[node] |= found[behind]
+            found[node] = frozenset().union(*(found[each] for each in _inputs(node)))
         else:
-            waiting += [(node, True), *((behind, False) for behind in inputs)]
+            waiting += [(node, True), *((each, False) for each in _inputs(node))]
     return found
+
+
+def _inputs(node: Node) -> list[Node]:
+    return [behind for behind, _ in node.next_functions if behind is not None]
