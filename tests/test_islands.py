@@ -33,6 +33,7 @@ from autoprec.records import (
 from autoprec.runtime import apply, install_options, undo
 from autoprec.search import build_plan, search_plan
 from autoprec.search.costs import make_costs
+from autoprec.sensitivity.estimates import Squares
 from autoprec.sensitivity.islands import find_islands, find_producers
 from autoprec.sensitivity.joint import JointMeter, tied_with
 from autoprec.sensitivity.measure import measure_sensitivity
@@ -426,16 +427,21 @@ def test_fp32_between_layers_is_for_kinks_that_go_with_the_worse_half_of_them(
     ]
 
     def measure(
-        _: JointMeter, options: Mapping[str, Option], *, batches: int, islands: Sequence[Island]
-    ) -> Estimate:
-        assert batches == len(run.reference.batches)  # kinks of one may be crossed by chance
+        _: JointMeter,
+        options: Mapping[str, Option],
+        *,
+        batches: Sequence[int],
+        islands: Sequence[Island],
+    ) -> Squares:
+        assert [*batches] == [1]  # the kinks of the other one are hardly crossed
         low = [name for name, option in options.items() if option == BF16_O2]
         if low != [*names[:2]] or any(x.names for x in islands):  # the half of the smaller rows
-            return Estimate(mean=joint)
-        return Estimate(mean=with_it if islands else without)
+            return Squares([1.8 * joint], [1.0])
+        return Squares([1.8 * (with_it if islands else without)], [1.0])
 
     monkeypatch.setattr(JointMeter, "_measure", measure)
-    activations, islands = JointMeter(run.reference).measure_activations(rows, Estimate(mean=joint))
+    uniform = Squares([0.2 * joint, 1.8 * joint], [1.0, 1.0])
+    activations, islands = JointMeter(run.reference).measure_activations(rows, uniform)
     assert [island.outputs for island in islands] == [names] * is_found
     # rows are all that is left of it then
     assert activations.mean == (0.0 if is_found else pytest.approx(joint - 0.01))

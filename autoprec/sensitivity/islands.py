@@ -47,6 +47,8 @@ def find_islands(
 ) -> tuple[tuple[Island, ...], float]:
     """Return the islands that uniform BF16 needs, and its joint gradient error with them in FP32.
 
+    That is 0 where a plan's rows are all that it pays.
+
     Args:
         reference: what everything is measured against.
         rows: the table.
@@ -78,8 +80,7 @@ def find_islands(
         if without >= FAR_TOO_COARSE:
             saved = without - measure_low(low, [Island(outputs=everything)])
             if saved >= without / 2:  # what is left above are kinks that layers cross: their rows
-                error = min(error, math.fsum(own.values()))
-                return (Island(outputs=everything, grad_error=saved),), error
+                return (Island(outputs=everything, grad_error=saved),), 0.0
     return tuple(found), left
 
 
@@ -141,9 +142,10 @@ def find_producers(reference: Reference, names: Collection[str]) -> dict[str, tu
     None are found where autograd keeps no graph (the model's own input, checkpointing), and none
     are returned where there are more than MOST_PRODUCERS.
     """
-    layers = {name: layer_named(reference.model, name) for name in reference.spec.names}
-    with recorded_reach(layers) as reach:
-        reference.run(0, keep=())
-    found = {name: own or () for name, own in reach.makers.items() if name in names}
+    if not reference.reach.makers:  # else the probes recorded it
+        layers = {name: layer_named(reference.model, name) for name in reference.spec.names}
+        with recorded_reach(layers) as reference.reach:
+            reference.run(0, keep=())
+    found = {name: own or () for name, own in reference.reach.makers.items() if name in names}
     few = {name: own for name, own in found.items() if len(own) <= MOST_PRODUCERS}
     return {name: tuple(n for n in reference.spec.names if n in few[name]) for name in few}

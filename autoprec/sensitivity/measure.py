@@ -86,7 +86,8 @@ def _measure_table(
     """Measure the table and what plans pay beside it, and check their sum."""
     table, meter = make_table(reference, cells, method), JointMeter(reference)
     uniform = meter.measure_bf16()
-    table = bf16_within(measure_bf16(reference, table, uniform), uniform)
+    joint = uniform.estimate
+    table = bf16_within(measure_bf16(reference, table, joint), joint)
     activation_error, islands = meter.measure_activations(table.rows, uniform)
     outside = between_layers(activation_error, islands)
     return check_table(meter, table, outside=outside), activation_error, islands

@@ -33,7 +33,6 @@ from autoprec.sensitivity.hooks import after_hooks, direction_after_hooks, has_h
 from autoprec.sensitivity.local import Norm
 from autoprec.sensitivity.parked import InTurn
 from autoprec.sensitivity.preconditioner import at_least_1d
-from autoprec.sensitivity.reach import Reach
 from autoprec.sensitivity.real import real_view
 from autoprec.sensitivity.reference import Reference, ReferenceGradient, gradient_of
 from autoprec.sensitivity.replay import differentiated_calls
@@ -59,7 +58,6 @@ class Pass:
     gradient: ReferenceGradient
     chunk: int  # elements that a linear takes at a time
     batch: Batch  # held: what layers are called with may be of it, in every pass the same
-    reach: Reach = field(default_factory=Reach)  # of all layers
 
     def squared_norm(self, layer: nn.Module, run: nn.Module) -> Norm:
         """Return the norm of a layer's errors, by the parameters of the module that was run for it.

@@ -156,12 +156,13 @@ def _probe_group(
     watched = {name: layer_named(reference.model, name) for name in reference.spec.names}
     batch, chunk = reference.batches[index], chunk_elements(reference.spec)
     recording = differentiated_calls(layers, is_parked=reference.is_parked)
-    told = watched if index == 0 and probed.steps is None else {}  # once of a run
+    told = {} if reference.reach.makers else watched  # once of a run
     with recording as found, recorded_choices(watched) as choices, recorded_reach(told) as reach:
         gradient = _reference_pass(reference, index, found)
+    reference.reach = reach if told else reference.reach
     probed.squared_norm = gradient.squared_norm
     probed.unseen |= found.unseen | choices.constant
-    step = Pass(reference, index, layers, found.calls, choices, gradient, chunk, batch, reach)
+    step = Pass(reference, index, layers, found.calls, choices, gradient, chunk, batch)
     is_chosen = bool(choices.indices) and not probed.squares  # once, with the first group
     for probe in range(probed.probes):
         # signs of its own for each batch: what one code exaggerates, it does in all rows at once
@@ -201,7 +202,7 @@ def _at_two_steps(
         finer = run_moved(step, code=code, are_changes=True, times=FINER)
         if found is None:
             missed, are_followed = min(moved.missed, finer.missed), step.choices.followed > 0
-            related = step.reach.related(step.reference.model, step.reference.spec.names)
+            related = step.reference.reach.related(step.reference.model, step.reference.spec.names)
             changes = moved.beside(finer)
             found = TwoSteps(FINER, {}, changes, related, are_followed=are_followed, missed=missed)
             if step.choices.indices:

@@ -43,10 +43,11 @@ from autoprec.records.model import ModelSpec, Option
 from autoprec.records.sensitivity import Estimate, StepError
 from autoprec.runtime import install_options
 from autoprec.runtime.checkpoint import Checkpoint, read_checkpoint
-from autoprec.sensitivity.estimates import ratio_estimate
+from autoprec.sensitivity.estimates import Squares
 from autoprec.sensitivity.gemm import casts_in_parts, fast_gemms
 from autoprec.sensitivity.parked import InTurn
 from autoprec.sensitivity.preconditioner import Preconditioner, read_preconditioner
+from autoprec.sensitivity.reach import Reach
 from autoprec.sensitivity.real import real_view
 from autoprec.sensitivity.room import plan_groups
 from autoprec.sensitivity.warm_up import OnWarm, WarmUp, read_or_trained, restore, train_steps
@@ -102,6 +103,7 @@ class Reference:
     # parameters to which a gradient comes in parts, by backwards within backward: what reentrant
     # checkpoints share, and reversible layers
     in_parts: set[Tensor] = field(default_factory=set)
+    reach: Reach = field(default_factory=Reach)  # of its layers, once a pass recorded it
 
     @cached_property
     def longer(self) -> "Reference":
@@ -242,19 +244,28 @@ class Reference:
         Costs a pass per batch and setting, and one per batch whose gradient was not kept. The first
         `batches` are taken, or all if there are fewer; progress is reported as `stage`.
         """
+        first = range(min(batches, len(self.batches)))
+        found = self._measure_squares(settings, first, stage)
+        return {key: squares.estimate for key, squares in found.items()}
+
+    def _measure_squares(
+        self,
+        settings: Mapping[Key, Callable[[], AbstractContextManager[object]]],
+        batches: Sequence[int],
+        stage: str = "",
+    ) -> dict[Key, Squares]:
         progress = self.context.progress if stage else report_nothing
-        batches = min(batches, len(self.batches))
         squared: dict[Key, list[float]] = {key: [] for key in settings}
         scale: list[float] = []
-        total = batches * len(settings)
-        for index in range(batches):
+        total = len(batches) * len(settings)
+        for done, index in enumerate(batches):
             gradient = self.gradient(index)
             scale.append(gradient.squared_norm)
             held = None if index in self.gradients else gradient  # read after each pass
             del gradient
             for count, (key, installed) in enumerate(settings.items()):
                 NOW.measures = _shown(key)
-                progress(stage, index * len(settings) + count, total)
+                progress(stage, done * len(settings) + count, total)
                 with fast_gemms(), casts_in_parts(), installed():
                     squared[key].append(self.squared_error(index, held))
         NOW.measures = ""
@@ -262,18 +273,22 @@ class Reference:
         # one reduction for all layers and options
         summed = iter(sum_over_ranks([value for each in squared.values() for value in each]))
         squared = {key: [next(summed) for _ in each] for key, each in squared.items()}
-        return {key: ratio_estimate(squared[key], scale) for key in settings}
+        return {key: Squares(squared[key], scale) for key in settings}
 
     def measure_joint(
-        self, options: Mapping[str, Option], *, batches: int, fp32_outputs: Collection[str] = ()
-    ) -> Estimate:
-        """Return the gradient error of the model in these options, all at once."""
+        self,
+        options: Mapping[str, Option],
+        *,
+        batches: Sequence[int],
+        fp32_outputs: Collection[str] = (),
+    ) -> Squares:
+        """Return the gradient error of the model in these options, all at once, by batch."""
         is_16_bit = any(o.precision is not Precision.FP32 for o in options.values())
         uncovered = [p.name for p in self.spec.uncovered] if is_16_bit else []
         installed = partial(
             install_options, self.model, options, uncovered=uncovered, fp32_outputs=fp32_outputs
         )
-        return self.measure_errors({"joint": installed}, batches=batches)["joint"]
+        return self._measure_squares({"joint": installed}, batches)["joint"]
 
     @random_state_kept()
     def measure_step(self, step: int) -> tuple[StepError, ...]:
@@ -285,10 +300,10 @@ class Reference:
         if not any(option.is_fp8 for option in options.values()):
             return ()
         try:
-            found = self.measure_joint(options, batches=len(self.batches))
+            found = self.measure_joint(options, batches=range(len(self.batches)))
         except NoGradientError:
             return ()
-        return (StepError(step=step, grad_error=found),)
+        return (StepError(step=step, grad_error=found.estimate),)
 
 
 def _shown(key: object) -> str:
