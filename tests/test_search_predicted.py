@@ -29,7 +29,7 @@ from autoprec.records import (
 )
 from autoprec.records.cost import Timing
 from autoprec.records.model import with_gemms_hp
-from autoprec.records.sensitivity import Estimate, Island
+from autoprec.records.sensitivity import Estimate, Island, Sensitivity
 from autoprec.report.remarks import profile_notes
 from autoprec.search import between_notes, build_plan, search_plan, sensitivity_for
 from autoprec.search.costs import Costs, make_costs
@@ -56,8 +56,8 @@ def costs_of(profile: Profile) -> Costs:
     return make_costs(profile, unknown_sensitivity(profile.model))
 
 
-def planned(profile: Profile) -> Plan:
-    sensitivity = unknown_sensitivity(profile.model)
+def planned(profile: Profile, sensitivity: Sensitivity | None = None) -> Plan:
+    sensitivity = sensitivity or unknown_sensitivity(profile.model)
     constraint = Constraint(loss_tolerance=1e-3, grad_error_budget=0.0)
     search = search_plan(profile, sensitivity, constraint=constraint, evaluate=None, trials=0)
     return build_plan(profile, sensitivity, search, search.chosen, constraint=constraint)
@@ -209,6 +209,16 @@ def test_linears_that_cannot_take_fp8_are_told_beside_those_that_can() -> None:
     assert (
         f"no FP8 option yet for 67 % of the weights ({why})" in planned(predicted("", spec)).notes
     )
+
+
+def test_linears_whose_counterparts_in_a_proxy_take_no_fp8_are_told() -> None:
+    spec = model_of(*(linear_layer(name, 8192, 8192) for name in ("up", "down", "head")))
+    known = unknown_sensitivity(spec)
+    rows = tuple(row for row in known.rows if row.name != "up" or not row.option.is_fp8)
+    plan = planned(predicted("", spec), known.model_copy(update={"rows": rows}))
+    assert [layer.option.is_fp8 for layer in plan.layers] == [False, True, False]
+    why = "its effect on the gradient was not measured"
+    assert f"no FP8 option yet for 33 % of the weights ({why})" in plan.notes
 
 
 def test_attention_that_holds_its_projections_is_told_beside_those_that_can() -> None:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 from autoprec.common.grouping import grouped
 from autoprec.common.recipes import Precision
-from autoprec.common.text import first_and_more
+from autoprec.common.text import first_and_more, percent
 from autoprec.errors import RecordError
 from autoprec.records.model import LayerKind, LayerSpec, ModelSpec
 
@@ -120,8 +120,8 @@ def check_proxy(large: ModelSpec, small: ModelSpec) -> None:
     """Refuse a proxy that cannot stand for a model.
 
     Raises:
-        RecordError: it is not smaller, a layer of one has no counterpart in the other, or none of
-            the model's linears that could run in FP8 has one that can.
+        RecordError: it is not smaller, a layer of one has no counterpart in the other, or most of
+            the weights that could run in FP8 have none that can.
     """
     if small.numel >= large.numel:
         raise RecordError(
@@ -139,16 +139,28 @@ def check_proxy(large: ModelSpec, small: ModelSpec) -> None:
 
 
 def _check_takes_fp8(large: ModelSpec, small: ModelSpec, places: Mapping[str, Place]) -> None:
-    """Refuse a proxy on which no FP8 could be measured for a model that could run in it."""
-    able = [layer.name for layer in large.layers if layer.name in places and _takes_fp8(layer)]
+    """Refuse a proxy on which FP8 could not be measured for most of the weights that take it."""
+    able = [layer for layer in large.layers if layer.name in places and _takes_fp8(layer)]
     theirs = {layer.name: layer for layer in small.layers}
-    peers = [theirs[peer] for name in able for peer in places[name].peers]
-    if peers and not any(map(_takes_fp8, peers)):
-        why = peers[0].refusal(Precision.FP8_O1) or "it has no recipe in common"
+    total, lost, unable = 0, 0, dict[str, str]()  # role -> why
+    for layer in able:
+        peers, size = [theirs[peer] for peer in places[layer.name].peers], _weights(layer)
+        total += size
+        if not any(map(_takes_fp8, peers)):
+            lost += size
+            why = peers[0].refusal(Precision.FP8_O1) or "it has no recipe in common"
+            unable[role_in_block(peers[0].name, 2)] = why
+    if lost > total / 2:
+        whose = first_and_more((f"{role}: {why}" for role, why in unable.items()), most=2)
         raise RecordError(
-            f"a proxy must be able to run in FP8, as its model is, but no linear of it can (of "
-            f"{peers[0].name}: {why}); build it with sizes that FP8 takes"
+            "a proxy must be able to run in FP8 where its model is, but it cannot where "
+            f"{percent(lost / total)} of the weights that could are ({whose}); build it with sizes "
+            "that FP8 takes"
         )
+
+
+def _weights(layer: LayerSpec) -> int:
+    return sum(p.numel for p in layer.parameters if p.shared_with is None)
 
 
 def _takes_fp8(layer: LayerSpec) -> bool:

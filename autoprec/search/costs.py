@@ -38,6 +38,7 @@ from autoprec.records.sensitivity import LayerSensitivity, Operand, Sensitivity
 
 # A layer with this error in some whole FP8 recipe has outliers (a healthy one has under 0.3 %, an
 # output head 2 %). It is not offered FP8 in single GEMMs: what breaks it moves in training.
+UNMEASURED = "its effect on the gradient was not measured"  # on a proxy that cannot take FP8
 BROKEN_ERROR = 0.05
 
 
@@ -298,7 +299,7 @@ def _why_missing(
     if timing is None or (timing.total is None and not timing.unknown):
         return "it was not timed"
     if effect is None and option != FP32:
-        return "its effect on the gradient was not measured"
+        return UNMEASURED
     return ""
 
 

@@ -15,7 +15,7 @@ from autoprec.predict.parallel import unsplit_note
 from autoprec.predict.transfer import sensitivity_basis
 from autoprec.records import BF16_O2, FP32, Basis, LayerKind, Option, Precision, Profile, Search
 from autoprec.records.sensitivity import Sensitivity
-from autoprec.search.costs import Costs, Price, is_all_fp32, nearest_plan
+from autoprec.search.costs import UNMEASURED, Costs, Price, is_all_fp32, nearest_plan
 from autoprec.search.problem import NEAR_TIE, Options, Problem, is_faster
 
 SHORTEST_MS = 1e-4  # what rounding leaves is no time
@@ -40,7 +40,7 @@ def plan_notes(
         _keep_note(search),
         _tie_note(costs, options),
         _unknown_note(profile),
-        _no_option_note(profile),
+        _no_option_note(profile, costs),
         _unsure_note(profile, costs, search, options),
         memory_note(profile, chosen, costs.memory_bytes(options)),
         (_why_no_bf16 if is_all_fp32(options) else _why_slower)(problem, search, options),
@@ -363,17 +363,21 @@ def _unknown_note(profile: Profile) -> str:
     )
 
 
-def _no_option_note(profile: Profile) -> str:
-    """Return the share of the weights that are in experts, recurrent and other such layers."""
+def _no_option_note(profile: Profile, costs: Costs) -> str:
+    """Return the share of the weights that are in experts, recurrent and other such layers.
+
+    And in those of which a proxy could not measure FP8.
+    """
     model = profile.model
     kinds: Counter[str] = Counter()
     is_able = any(option.is_fp8 for layer in model.layers for option in layer.options)
-    for layer in model.layers:
-        if any(option.is_fp8 for option in layer.options):
-            continue
+    for layer, prices, missing in zip(model.layers, costs.prices, costs.missing, strict=True):
         own = [p for p in layer.parameters if p.shared_with is None]
         numel = sum(p.numel for p in own)  # with its biases, as times leave it out
-        if layer.kind in NO_FP8_KINDS and any(len(p.matrix_shape) > 1 for p in own):
+        if fp8 := [option for option in layer.options if option.is_fp8]:
+            if prices.keys().isdisjoint(fp8) and UNMEASURED in map(missing.get, fp8):
+                kinds[UNMEASURED] += numel
+        elif layer.kind in NO_FP8_KINDS and any(len(p.matrix_shape) > 1 for p in own):
             kinds[layer.type_name.rpartition(".")[2]] += numel
         elif layer.kind is LayerKind.LINEAR and is_able and layer.refusals:
             kinds[layer.refusals[0].reason] += numel  # where none is able the first note says why
