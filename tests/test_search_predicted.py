@@ -213,9 +213,10 @@ def test_linears_that_cannot_take_fp8_are_told_beside_those_that_can() -> None:
 
 def test_linears_whose_counterparts_in_a_proxy_take_no_fp8_are_told() -> None:
     spec = model_of(*(linear_layer(name, 8192, 8192) for name in ("up", "down", "head")))
-    known = unknown_sensitivity(spec)
+    profile = predicted("", spec)
+    known = unknown_sensitivity(profile.model)
     rows = tuple(row for row in known.rows if row.name != "up" or not row.option.is_fp8)
-    plan = planned(predicted("", spec), known.model_copy(update={"rows": rows}))
+    plan = planned(profile, known.model_copy(update={"rows": rows}))
     assert [layer.option.is_fp8 for layer in plan.layers] == [False, True, False]
     why = "its effect on the gradient was not measured"
     assert f"no FP8 option yet for 33 % of the weights ({why})" in plan.notes
