@@ -1,5 +1,6 @@
 """How many attention heads a projection is made of, by what the modules around it say."""
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -78,6 +79,18 @@ def test_the_nearest_module_that_says_it_counts() -> None:
     config = SimpleNamespace(num_attention_heads=2)
     assert head_counts(Block(Attention(num_heads=4), config), "attn.q_proj") == (4, 4)
     assert head_counts(Block(Attention(), config), "attn.q_proj") == (2, 2)
+
+
+def test_a_deprecated_attribute_is_read_in_silence() -> None:
+    class OfDiffusers(Attention):
+        @property
+        def num_heads(self) -> int:
+            warnings.warn("use the config", FutureWarning, stacklevel=2)
+            return 4
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert head_counts(Block(OfDiffusers()), "attn.q_proj") == (4, 4)
 
 
 def test_projections_alone_have_heads() -> None:

@@ -9,6 +9,7 @@ How many attention heads a projection is made of, the modules around it say, the
 their own attributes, then those of their `config` (transformers). Shapes tell no head size.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -111,5 +112,7 @@ def _sources(model: "nn.Module", name: str) -> Iterator[object]:
 
 
 def _count(source: object, names: tuple[str, ...]) -> int | None:
-    found = (getattr(source, name, None) for name in names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # diffusers' models warn that their config has it
+        found = [getattr(source, name, None) for name in names]
     return next((n for n in found if isinstance(n, int) and n > 0), None)
