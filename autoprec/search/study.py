@@ -8,8 +8,8 @@
 steps, so a plan that loses even with the least error that it may have, by what was measured so far
 (see correction), is passed over. Optuna keeps the trials, ranks them and shares them between
 processes; its sampler proposed none of the plans that were chosen. A plan that would be the best,
-and is near the budget, is measured again on more batches before it is believed: the best of many
-noisy numbers is too good.
+and is near the budget or has batches that differ, is measured again on more batches before it is
+believed: the best of many noisy numbers is too good.
 
 Every finished trial keeps its plan, gradient error and basis with it, so that a study that goes on
 (after a kill, or beside other workers) measures no plan twice.
@@ -46,6 +46,7 @@ BATCHES = 2  # of a joint measurement,
 MORE_BATCHES = 6  # and of one that decides
 LEAST_RELATIVE = 0.1  # of two batches that agree by chance; seen: 4 to 20 % of the error
 UNDECIDED = 2.0  # standard errors about the budget in which a plan is measured on more batches
+UNLIKE = 0.3  # of the error: batches, one of which has twice the other's, say little of the next
 SURELY = 3.0  # deviations of an estimate below which a plan is not looked for,
 MORE_SURELY = 6.0  # and with more than so many trials: estimates are too sure where layers interact
 FEW_TRIALS = 12
@@ -335,7 +336,8 @@ class PlanStudy:
         reach = UNDECIDED * max(error.stderr, LEAST_RELATIVE * error.mean)
         least_ms = self.problem.costs.counted_ms(options) * (1.0 + max(error.mean - reach, 0.0))
         is_ahead = self.best is None or least_ms < self.best.time_to_loss_ms
-        return is_ahead and abs(error.mean - self.budget) <= reach
+        is_unlike = error.mean <= self.budget and error.stderr > UNLIKE * error.mean
+        return is_ahead and (is_unlike or abs(error.mean - self.budget) <= reach)
 
     def _held(self, error: Estimate) -> float:
         """Return the gradient error that must keep the budget."""
