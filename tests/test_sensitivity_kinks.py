@@ -563,7 +563,10 @@ def test_whole_recipes_are_measured_where_probes_are_a_guess() -> None:
         ]
 
     assert guessed_cells(rows(sure=0.1, unsure=0.2), is_kinked=False) == ()
+    assert guessed_cells(rows(sure=0.01, unsure=0.02), is_kinked=False, codes=9) == ()
     for found in (
+        # means over four codes, of which each one has twice the standard error
+        guessed_cells(rows(sure=0.15, unsure=0.2), is_kinked=False, codes=4),
         guessed_cells(rows(sure=0.5, unsure=0.6), is_kinked=False),
         guessed_cells(rows(sure=0.1, unsure=0.2), is_kinked=True),
     ):

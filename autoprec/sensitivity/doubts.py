@@ -52,13 +52,16 @@ def doubtful_cells(
     return tuple(cell for cell in worst if doubts[cell] >= 1.0)
 
 
-def guessed_cells(rows: Sequence[LayerSensitivity], *, is_kinked: bool) -> tuple[Cell, ...]:
+def guessed_cells(
+    rows: Sequence[LayerSensitivity], *, is_kinked: bool, codes: int = 1
+) -> tuple[Cell, ...]:
     """Return one whole recipe of each layer and casts forward, where probes only guess; else none.
 
-    The least certain come first, by their standard errors in parts of the row.
+    The least certain come first, by their standard errors in parts of the row. Each batch's rows
+    are means over so many `codes`, which scatter less than one, and than one rounding to FP8.
     """
     whole = [row for row in on_their_own(rows) if row.grad_error.mean > 0.0]
-    if not is_kinked and scatter(whole) < SCATTERED:
+    if not is_kinked and scatter(whole) * math.sqrt(codes) < SCATTERED:
         return ()
     return one_of_each([row.cell for row in sorted(whole, key=_doubt, reverse=True)])
 

@@ -148,7 +148,8 @@ def _sign_coded_table(reference: Reference, cells: Sequence[Cell]) -> Table:
     seen = [row for row in table.rows if row.name not in unseen]
     if (steps := probes[0].steps) is not None:
         table = replace(table, is_untold=steps.is_untold)
-    guessed = guessed_cells(seen, is_kinked=steps is not None and steps.are_guesses)
+    is_kinked = steps is not None and steps.are_guesses
+    guessed = guessed_cells(seen, is_kinked=is_kinked, codes=probes[0].probes)
     doubted = dict.fromkeys((*large_cells(seen), *doubtful_cells(seen, statistics)))
     refined = one_of_each([*doubted])
     table = refine_table(reference, table, refined, batches=REFINED_BATCHES)
