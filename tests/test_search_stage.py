@@ -242,6 +242,23 @@ def test_no_tolerance_allows_an_error_above_the_ceiling(
     assert run((profile, halved), budget=5.0).grad_error_budget == CEILING / 2
 
 
+def test_what_errors_early_in_the_run_take_from_the_budget_is_said(
+    tables: tuple[Profile, Sensitivity],
+) -> None:
+    profile, sensitivity = tables
+    for early, said in (
+        (0.08, ["the budget is divided by 8.0 for errors early in the run: FP8's was 8.0 % after "
+                "10 steps, and 1.0 % after 50"]),
+        (0.02, []),
+    ):  # fmt: skip
+        points = (
+            StepError(step=s, grad_error=Estimate(mean=e)) for s, e in ((10, early), (50, 0.01))
+        )
+        found = sensitivity.model_copy(update={"by_step": tuple(points)})
+        notes = run((profile, found), budget=None).notes
+        assert [note for note in notes if note.startswith("the budget is")] == said
+
+
 def test_the_horizon_is_what_verification_trains() -> None:
     assert Terms().warmup_steps + Terms().branch_steps == HORIZON_STEPS
 

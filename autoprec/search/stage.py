@@ -32,6 +32,7 @@ PASSES_PER_PLAN = 2  # of a joint measurement, where the step time here is not k
 TRIALS_OF_SMALL = 36
 SMALL = 2e8  # multiply-adds of the layers' forward passes
 CALL = 5e6  # what a call itself takes, in multiply-adds
+CUT = 3.0  # a budget that is divided by less needs no word
 
 
 def search_plan(
@@ -78,6 +79,7 @@ def search_plan(
     if best is None:
         raise InfeasibleError(_all_over_budget(study))
     notes = (*notes, *_ceiling_notes(sensitivity, known.budget))
+    notes = (*notes, *_early_notes(sensitivity, constraint))
     return _search_record(study, best, profile, known, interacting, notes)
 
 
@@ -276,6 +278,24 @@ def _ceiling_notes(sensitivity: Sensitivity, budget: float) -> list[str]:
     return [
         f"whatever the loss tolerance, no plan has a gradient error above {percent(CEILING)} at "
         "its largest: beyond, quantised training stops being effective (arXiv 2505.19115)"
+    ]
+
+
+def _early_notes(sensitivity: Sensitivity, constraint: Constraint) -> list[str]:
+    """Return by how much what FP8 did early in the run cuts the budget, where that is a lot."""
+    *early, last = sensitivity.by_step or (None,)
+    if not early or last is None or constraint.grad_error_budget is not None:
+        return []
+    steps = constraint.run_steps or HORIZON_STEPS
+    now = sensitivity.model_copy(update={"by_step": (last,)})
+    times = growth(sensitivity, most=CEILING, steps=steps) / growth(now)
+    if times < CUT:
+        return []
+    worst = max(early, key=lambda point: point.grad_error.mean)
+    return [
+        f"the budget is divided by {significant(times, 2)} for errors early in the run: FP8's was "
+        f"{percent(worst.grad_error.mean)} after {worst.step} steps, and "
+        f"{percent(last.grad_error.mean)} after {last.step}"
     ]
 
 
