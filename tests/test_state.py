@@ -5,6 +5,7 @@ import random
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,7 +79,15 @@ class Pair(nn.Module):
         return F.mse_loss(predicted, x.repeat(1, 2)) + F.mse_loss(predicted, wanted)
 
 
-def workload_of(build: Callable[[], nn.Module]) -> Workload:
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    """Return the optimizer of most."""
+    return torch.optim.Adam(model.parameters(), lr=1e-3)
+
+
+def workload_of(
+    build: Callable[[], nn.Module],
+    build_optimizer: Callable[[nn.Module], torch.optim.Optimizer] = adam,
+) -> Workload:
     """Return a model that gives its loss as a workload."""
     return workload_from(
         {
@@ -88,7 +97,7 @@ def workload_of(build: Callable[[], nn.Module]) -> Workload:
                 for i in range(64)
             ),
             "loss_fn": lambda model, x: model(x),
-            "build_optimizer": lambda model: torch.optim.Adam(model.parameters(), lr=1e-3),
+            "build_optimizer": build_optimizer,
         }
     )
 
@@ -135,6 +144,46 @@ def test_what_training_writes_into_is_found_and_followed_in_fp32(update: Update)
     assert moved_by(plan, update)[0] == pytest.approx(wanted, rel=0.02)
     lost, _ = moved_by(plan.model_copy(update={"followers": ()}), update)
     assert abs(lost / wanted - 1) > 0.05  # so there is something to lose
+
+
+class Following(torch.optim.Adam):
+    """Adam that moves the teacher of a pair behind its step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        named = dict(model.named_parameters())
+        self.pairs = [(named[name], named[own]) for name, own in followed(model)]
+        super().__init__((p for p in named.values() if p.requires_grad), lr=1e-3)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # Any: torch's
+        """Step the student, then move the teacher."""
+        found = super().step(closure)
+        for teacher, student in self.pairs:
+            teacher.lerp_(student, 1 - KEPT)
+        return found
+
+
+def followed(model: nn.Module) -> list[tuple[str, str]]:
+    """Return the teacher's names and the student's."""
+    return [(n, n.replace("teacher", "student")) for n in teachers(model) if n != "offset"]
+
+
+def test_a_teacher_that_the_optimizer_moves_stays_fp32() -> None:
+    """It ended in "expected dtype BFloat16 for `end`", with the plan alone."""
+    workload = workload_of(lambda: Pair(lambda teacher, student: None), Following)
+    spec = capture_model(Context(workload, torch.device("cpu")))
+    model: nn.Module = Pair(lambda teacher, student: None)
+    assert spec.moving == tuple(name for name, _ in followed(model))
+    plan = uniform_plan(model, "bf16_o2").model_copy(update={"followers": spec.followers})
+    model, optimizer = autoprec.apply(plan, model, Following(model))
+    before = copy.deepcopy(model.state_dict())
+    torch.autograd.backward(model(torch.ones(16, 16)))
+    optimizer.step()
+    after = model.state_dict()
+    for teacher, student in followed(model):
+        assert after[teacher].dtype is torch.float32
+        moved = (after[student].float() - before[teacher]) * (1 - KEPT)
+        torch.testing.assert_close(after[teacher] - before[teacher], moved, rtol=0.01, atol=1e-4)
 
 
 def test_a_kept_weight_is_multiplied_in_bf16_and_given_back() -> None:
