@@ -8,6 +8,7 @@ from autoprec.records import (
     FP32,
     Basis,
     Constraint,
+    Estimate,
     FrontPoint,
     Gemm,
     GemmShape,
@@ -22,6 +23,7 @@ from autoprec.records import (
     Recipe,
     Search,
     Sensitivity,
+    StepError,
     StepTiming,
     Timing,
     fp8_option,
@@ -46,7 +48,7 @@ SLOW_BF16: Row = {FP32: (2.0, 0.0), BF16_O2: (3.0, 1e-5)}
 
 
 def planned(
-    tables: tuple[Profile, Sensitivity], *, budget: float = 4e-3, keep: tuple[str, ...] = ()
+    tables: tuple[Profile, Sensitivity], *, budget: float | None = 4e-3, keep: tuple[str, ...] = ()
 ) -> tuple[Search, Plan]:
     constraint = Constraint(loss_tolerance=1e-3, grad_error_budget=budget, keep=keep)
     search = search_plan(*tables, constraint=constraint, evaluate=None, trials=2)
@@ -460,6 +462,18 @@ def test_a_plan_that_is_slower_than_bf16_for_its_error_says_so() -> None:
         assert note in plan.notes
         # lines of the answer, which has few
         assert len(textwrap.wrap(note.removeprefix("BF16 O2 "), 70)) == 2
+
+
+def test_a_budget_that_is_small_for_errors_early_in_the_run_is_said_to_be() -> None:
+    profile, sensitivity = tables_of({"a": {FP32: (4.0, 0.0), BF16_O2: (2.0, 1e-2)}})
+    points = (StepError(step=s, grad_error=Estimate(mean=e)) for s, e in ((10, 0.1), (50, 0.01)))
+    early = sensitivity.model_copy(update={"by_step": tuple(points)})
+    for found, said in (
+        (early, "the budget 0.042 % (divided by 10 for errors early in the run)"),
+        (sensitivity, "the budget 0.42 %;"),
+    ):
+        _, plan = planned((profile, found), budget=None)
+        assert any(note.startswith("BF16 O2 is") and said in note for note in plan.notes)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from autoprec.records import Basis, Verdict
 from autoprec.report import formats
-from autoprec.report.answer import Advice, masters_sentence, plan_note, written_loss
+from autoprec.report.answer import Advice, masters_sentence, written_loss
 from autoprec.report.summary import Summary, apply_line
 from autoprec.report.text_table import BAD, STYLES, Line, print_parts, shown_text
 
@@ -67,7 +67,6 @@ def answer_facts(found: Summary) -> Iterator[tuple[str, str, str]]:
         ("refuted", found.refuted, ""),
         ("check", sensitivity.table_check if sensitivity else "", ""),
         ("BF16", found.bf16_answer.removeprefix("BF16 O2 "), ""),  # why a faster one is no plan
-        ("budget", plan_note(found.run.plan, "the budget is ").removeprefix("the budget "), ""),
         ("further", promise.expectation if has_plan else "", ""),
         ("FP8", "" if is_said else answer.fp8.removeprefix("FP8 "), ""),
         ("kept", found.keep_answer, ""),

@@ -25,6 +25,7 @@ NO_FP8_KINDS = (LayerKind.OTHER, LayerKind.RECURRENT, LayerKind.CONV, LayerKind.
 KEEP_COSTS = "--keep costs"
 MAY_NOT = "may not take it (--keep, or unknown gradient error)"
 LARGER = 20  # a tolerance by as much more is none that its user thought of
+BUDGET_IS = "the budget is "
 NOTABLE = 0.05  # a smaller share of what FP8 saves is not worth a note
 
 
@@ -293,7 +294,10 @@ def _over_budget(problem: Problem, search: Search, uniform: Options) -> str:
     error, budget = next(trials, problem.costs.grad_error(uniform)), search.grad_error_budget
     if error <= budget:
         return ""
+    cuts = (note for note in search.notes if note.startswith(BUDGET_IS))
+    cut = next(cuts, "").removeprefix(BUDGET_IS).partition(":")[0]
     said = f"gradient error is {percent(error)}, the budget {percent(budget)}"
+    said += f" ({cut})" if cut else ""
     if not budget or error > min(problem.ceiling, LARGER * budget):
         return said
     times = math.ceil(10.0 * error / budget) / 10

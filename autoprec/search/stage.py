@@ -16,6 +16,7 @@ from autoprec.records.sensitivity import Sensitivity
 from autoprec.search.correction import Cells, Correction, Seen, fit_correction, seen_beside, telling
 from autoprec.search.costs import make_costs
 from autoprec.search.explore import EXCESS, explore
+from autoprec.search.notes import BUDGET_IS
 from autoprec.search.problem import Options, Problem, exact, front, make_problem
 from autoprec.search.solver import ROUNDING, unbeaten
 from autoprec.search.storage import open_study
@@ -293,7 +294,7 @@ def _early_notes(sensitivity: Sensitivity, constraint: Constraint) -> list[str]:
         return []
     worst = max(early, key=lambda point: point.grad_error.mean)
     return [
-        f"the budget is divided by {significant(times, 2)} for errors early in the run: FP8's was "
+        f"{BUDGET_IS}divided by {significant(times, 2)} for errors early in the run: FP8's was "
         f"{percent(worst.grad_error.mean)} after {worst.step} steps, and "
         f"{percent(last.grad_error.mean)} after {last.step}"
     ]
