@@ -264,6 +264,22 @@ def test_a_ctc_loss_has_the_same_spec_on_meta_as_for_real() -> None:
     check_same(capture_on_meta(workload), capture_model(Context(workload, CPU)))
 
 
+def test_autocast_for_the_device_of_a_tensor_is_taken_on_meta() -> None:
+    def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
+        with torch.autocast(batch.device.type, torch.bfloat16):
+            y: Tensor = model(batch)
+            with torch.autocast(y.device.type, enabled=False):  # as rotary embeddings do
+                return y.float().square().sum()
+
+    workload = workload_with(loss_fn=loss_fn)
+    spec, before = capture_on_meta(workload), torch.autocast.__init__
+    real = capture_model(Context(workload_with(loss_fn=loss_fn), CPU))
+    check_same(spec, real)
+    assert spec.as_written is not None
+    assert spec.as_written.autocast == "bfloat16"
+    assert torch.autocast.__init__ is before
+
+
 def test_the_integers_of_a_batch_are_not_written_into() -> None:
     tokens = torch.arange(32).reshape(2, 16)
 

@@ -175,13 +175,35 @@ def _seeded_noted() -> Iterator[list[bool]]:
 
 
 @contextmanager
+def _with_autocast() -> Iterator[None]:
+    """Take an autocast for the device of a tensor (`x.device.type`); torch has none of meta."""
+    init = torch.autocast.__init__
+
+    def init_for_cpu(
+        self: torch.autocast, device_type: str, *args: Any, **kwargs: Any
+    ) -> None:  # Any: torch's own
+        init(self, "cpu" if device_type == META.type else device_type, *args, **kwargs)
+
+    torch.autocast.__init__ = init_for_cpu  # type: ignore[method-assign]  # for a while
+    try:
+        yield
+    finally:
+        torch.autocast.__init__ = init  # type: ignore[method-assign]  # as it was
+
+
+@contextmanager
 def _without_storage() -> Iterator[KnownValues]:
     """Make every tensor a fake one on meta, and say what to do where code wants values."""
     its_log = logging.getLogger("torch._subclasses.fake_tensor")  # it logs the traceback as well
     level = its_log.level
     its_log.setLevel(logging.CRITICAL)
     try:
-        with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True), META, KnownValues() as values:
+        with (
+            fake_tensor.FakeTensorMode(allow_non_fake_inputs=True),
+            META,
+            _with_autocast(),
+            KnownValues() as values,
+        ):
             yield values
     except WorkloadError as error:
         cause = error.__cause__
