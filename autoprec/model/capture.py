@@ -59,7 +59,7 @@ from autoprec.model.shapes import (
     recorded_shapes,
     scan_shapes,
 )
-from autoprec.model.state import find_moving, signatures
+from autoprec.model.state import find_moving, note_stepped, signatures
 from autoprec.records.devices import DeviceProfile
 from autoprec.records.model import (
     AsWritten,
@@ -120,7 +120,9 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
     context.progress("capture", 2, 3)
     # for the optimizer's state and its hooks; with the draws of the step that was seen
     seed_generators(seed)
+    before = signatures(model)
     Training(workload, model, seen.optimizer).step([batches[0]])
+    note_stepped(workload, model, before)
     context.progress("capture", 3, 3)
     return make_spec(
         seen,

@@ -1,7 +1,7 @@
 """A model's state that training changes beside its trained weights: kept, and put back.
 
     buffers     all of them, also where forward has bound other tensors in their place
-    followers   parameters that nobody trains and forward writes into: a teacher
+    followers   parameters that nobody trains and forward or the optimizer writes into: a teacher
     attributes  of its modules, plain values that forward sets: a hidden state, a memory, a counter,
                 and random number generators of its own
 
@@ -108,6 +108,12 @@ def find_moving(workload: Workload, model: nn.Module, batch: Batch, before: Sign
         )
     known |= moved
     return True
+
+
+def note_stepped(workload: Workload, model: nn.Module, before: Signatures) -> None:
+    """Note on the workload the untrained weights that its optimizer's step writes: an average."""
+    own = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    workload.written.moving |= own & changed_since(before, model)
 
 
 def kept_state(model: nn.Module) -> State:
