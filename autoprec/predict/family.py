@@ -26,6 +26,7 @@ from autoprec.common.grouping import grouped
 from autoprec.common.recipes import Precision
 from autoprec.common.text import first_and_more, percent
 from autoprec.errors import RecordError
+from autoprec.model.options import grad_weight_in_bf16, shape_refusal
 from autoprec.records.model import LayerKind, LayerSpec, ModelSpec
 
 DIGITS = re.compile(r"\d+")
@@ -140,31 +141,36 @@ def check_proxy(large: ModelSpec, small: ModelSpec) -> None:
 
 def _check_takes_fp8(large: ModelSpec, small: ModelSpec, places: Mapping[str, Place]) -> None:
     """Refuse a proxy on which FP8 could not be measured for most of the weights that take it."""
-    able = [layer for layer in large.layers if layer.name in places and _takes_fp8(layer)]
     theirs = {layer.name: layer for layer in small.layers}
-    total, lost, unable = 0, 0, dict[str, str]()  # role -> why
-    for layer in able:
-        peers, size = [theirs[peer] for peer in places[layer.name].peers], _weights(layer)
-        total += size
-        if not any(map(_takes_fp8, peers)):
-            lost += size
-            why = peers[0].refusal(Precision.FP8_O1) or "it has no recipe in common"
-            unable[role_in_block(peers[0].name, 2)] = why
+    total, lost, reasons = 0, 0, dict[str, str]()  # by role
+    for layer in large.layers:
+        if layer.name in places and any(option.is_fp8 for option in layer.options):
+            peers = [theirs[peer] for peer in places[layer.name].peers]
+            size = sum(p.numel for p in layer.parameters if p.shared_with is None)
+            total += size
+            if why := _why_unmeasured(layer, peers):
+                lost += size
+                reasons[role_in_block(peers[0].name, 2)] = why
     if lost > total / 2:
-        whose = first_and_more((f"{role}: {why}" for role, why in unable.items()), most=2)
+        whose = first_and_more((f"{role}: {why}" for role, why in reasons.items()), most=2)
         raise RecordError(
-            "a proxy must be able to run in FP8 where its model is, but it cannot where "
+            "a proxy must be able to run in FP8 as its model is, but it cannot where "
             f"{percent(lost / total)} of the weights that could are ({whose}); build it with sizes "
-            "that FP8 takes"
+            "that FP8 takes, and batches of such"
         )
 
 
-def _weights(layer: LayerSpec) -> int:
-    return sum(p.numel for p in layer.parameters if p.shared_with is None)
-
-
-def _takes_fp8(layer: LayerSpec) -> bool:
-    return any(option.is_fp8 for option in layer.options)
+def _why_unmeasured(layer: LayerSpec, peers: Sequence[LayerSpec]) -> str:
+    """Return why FP8 cannot be measured on a layer's peers as the layer runs it; "" if it can."""
+    theirs = {option for peer in peers for option in peer.options if option.is_fp8}
+    own = [option for option in layer.options if option not in theirs]
+    if theirs and not any(grad_weight_in_bf16(option) in theirs for option in own):
+        return ""
+    gemm, tokens = peers[0].gemm, peers[0].tokens
+    why = peers[0].refusal(Precision.FP8_O1)
+    if gemm is not None and not why:
+        why = shape_refusal(gemm.K, gemm.N, tokens=(gemm.M, *tokens))
+    return why or "it has no recipe in common"
 
 
 def _mismatch(missing: Sequence[str], other: Sequence[str]) -> str:
