@@ -142,7 +142,7 @@ def check_proxy(large: ModelSpec, small: ModelSpec) -> None:
 def _check_takes_fp8(large: ModelSpec, small: ModelSpec, places: Mapping[str, Place]) -> None:
     """Refuse a proxy on which FP8 could not be measured for most of the weights that take it."""
     theirs = {layer.name: layer for layer in small.layers}
-    total, lost, reasons = 0, 0, dict[str, str]()  # by role
+    total, lost, reasons = 0, 0, dict[str, dict[str, None]]()  # with the roles they are of
     for layer in large.layers:
         if layer.name in places and any(option.is_fp8 for option in layer.options):
             peers = [theirs[peer] for peer in places[layer.name].peers]
@@ -150,9 +150,10 @@ def _check_takes_fp8(large: ModelSpec, small: ModelSpec, places: Mapping[str, Pl
             total += size
             if why := _why_unmeasured(layer, peers):
                 lost += size
-                reasons[role_in_block(peers[0].name, 2)] = why
+                reasons.setdefault(why, {})[role_in_block(peers[0].name, 2)] = None
     if lost > total / 2:
-        whose = first_and_more((f"{role}: {why}" for role, why in reasons.items()), most=2)
+        each = (f"{first_and_more(roles, most=2)}: {why}" for why, roles in reasons.items())
+        whose = first_and_more(each, most=2)
         raise RecordError(
             "a proxy must be able to run in FP8 as its model is, but it cannot where "
             f"{percent(lost / total)} of the weights that could are ({whose}); build it with sizes "
