@@ -243,6 +243,21 @@ def test_integers_of_a_batch_are_known_where_they_decide_shapes_or_are_checked()
     assert str(spec.layer("head").gemm) == "16x32x64"
 
 
+def test_integers_that_a_model_lists_are_known() -> None:
+    def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
+        sizes = torch.tensor([3, 5], device=batch.device)  # as of patches
+        rows = [torch.arange(n, device=batch.device) for n in (sizes.expand(2, 2) + 1)[0].tolist()]
+        return torch.stack([model(batch[row % len(batch)]).sum() for row in rows]).sum()
+
+    assert sizes_of(capture_on_meta(workload_with(loss_fn=loss_fn))) == [4, 6]
+    assert sizes_of(capture_model(Context(workload_with(loss_fn=loss_fn), CPU))) == [4, 6]
+
+
+def sizes_of(spec: ModelSpec) -> list[int]:
+    (layer,) = spec.layers
+    return sorted(call.inputs[0].shape[0] for call in layer.calls)
+
+
 def test_a_ctc_loss_has_the_same_spec_on_meta_as_for_real() -> None:
     def train_batches(seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(seed)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch._subclasses import fake_tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -101,6 +102,30 @@ class KnownValues(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
         args, kwargs = pytree.tree_map_only(torch.device, lambda _: CPU, inputs)
         with fake_tensor.unset_fake_temporarily():
             return func(*args, **kwargs)
+
+
+class KnownLists(TorchFunctionMode):
+    """Keeps the numbers of `torch.tensor([...])`, which are gone once that is a meta tensor."""
+
+    def __init__(self, values: KnownValues) -> None:
+        super().__init__()
+        self.values = values
+
+    def __torch_function__(
+        self, func: Any, types: object, args: Any = (), kwargs: Any = None
+    ) -> Any:  # Any: torch's own protocol
+        """Make the tensor, and the same on the CPU for its numbers."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func is not torch.tensor or not args or not out.is_meta or out.is_floating_point():
+            return out
+        if any(isinstance(x, Tensor) for x in pytree.tree_leaves(args[0])):
+            return out
+        with fake_tensor.unset_fake_temporarily():
+            own = torch.tensor(args[0], dtype=out.dtype, device=CPU)
+        out = _without_values(own)
+        self.values.keep(out, own)
+        return out
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

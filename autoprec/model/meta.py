@@ -29,7 +29,7 @@ from autoprec.device.random_state import random_state_kept
 from autoprec.device.tracing import PLAIN_TENSORS, OperationTracer
 from autoprec.errors import CaptureError, WorkloadError
 from autoprec.model import capture
-from autoprec.model.known import KnownValues
+from autoprec.model.known import KnownLists, KnownValues
 from autoprec.model.shapes import SCANNED_BATCHES
 from autoprec.records import ModelSpec
 from autoprec.workload.functions import (
@@ -203,6 +203,7 @@ def _without_storage() -> Iterator[KnownValues]:
             META,
             _with_autocast(),
             KnownValues() as values,
+            KnownLists(values),
         ):
             yield values
     except WorkloadError as error:
