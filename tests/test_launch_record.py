@@ -57,6 +57,34 @@ def recorded(workload: Workload) -> list[RecordedBatch]:
     return [*training, *workload.eval_batches()]
 
 
+def test_tensors_that_the_model_keeps_as_attributes_are_parts_of_the_loss(tmp_path: Path) -> None:
+    """As llama2.c's loss is one, and the balance of many mixtures of experts, deep in the model."""
+    kept = HF_STYLE.replace("        return {'logits': logits, 'loss':", "        self.loss = (")
+    kept = kept.replace("labels)}", "labels))\n        return logits")
+    balance = kept.replace("F.gelu(self.first(x))", "self.act(self.first(x))") + (
+        "class Act(nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        self.balance = x.pow(2).mean()\n"
+        "        return F.gelu(x)\n"
+        "model.act = Act()\n"
+    )
+    call = "logits = model(x, labels=y); loss = model.loss"
+    for body, loss in (
+        (kept, call),
+        (balance, f"{call} + model.act.balance - F.relu(logits[0, 0])"),
+    ):
+        workload = record(
+            tmp_path, body + LOOP.replace("loss = F.cross_entropy(model(x), y)", loss)
+        )
+        model, batch = workload.build_model().eval(), next(workload.train_batches(0))
+        before = float(workload.loss_fn(model, batch).detach())
+        torch.autograd.backward(workload.loss_fn(model, batch))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.sub_(parameter.grad, alpha=0.1)  # type: ignore[arg-type]  # all have one
+        assert float(workload.loss_fn(model, batch).detach()) < before
+
+
 def test_what_a_script_switches_on_for_its_process_is_off_behind_it(tmp_path: Path) -> None:
     switches = "torch.autograd.set_detect_anomaly(True)\ntorch.set_default_device('cpu')\n"
     switches += "import logging\nlogging.getLogger().setLevel(1)\n"

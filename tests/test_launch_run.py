@@ -541,6 +541,33 @@ def test_an_average_that_begins_after_the_plan_is_fp32(tmp_path: Path) -> None:
     assert run(tmp_path, HEAD + LOOP + own, "1").status == 0
 
 
+def test_a_copy_of_the_model_is_as_without_the_plan_until_it_is_trained(tmp_path: Path) -> None:
+    """As EDM's average, which begins after DDP has wrapped the model, and its pickled files."""
+    own = """
+import copy, pickle
+exact = {name: value.clone() for name, value in model.state_dict().items()}
+average = copy.deepcopy(model).eval().requires_grad_(False)
+assert {*map(type, average.modules())} == {Net, nn.Linear, nn.LayerNorm}
+assert all(torch.equal(value, exact[name]) for name, value in average.state_dict().items())
+for a, p in zip(average.parameters(), model.parameters()):
+    a.add_(1)
+    expected = p.float().lerp(a, 0.9)
+    a.copy_(p.detach().lerp(a, 0.9))
+    assert a.dtype is torch.float32 and torch.allclose(a, expected, atol=1e-2)
+with open(sys.argv[2], "wb") as file:
+    pickle.dump({"own": model, "average": average}, file)
+with open(sys.argv[2], "rb") as file:
+    saved = pickle.load(file)
+assert all(torch.equal(value, exact[name]) for name, value in saved["own"].state_dict().items())
+assert type(saved["own"].first) is nn.Linear
+model = copy.deepcopy(model)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+"""
+    trained = "assert model.first.weight.dtype is torch.bfloat16\n"
+    body = HEAD + LOOP + own + LOOP + trained
+    assert run(tmp_path, body, "2", str(tmp_path / "saved.pkl")).status == 0
+
+
 def test_a_weight_that_the_script_multiplies_itself_is_said_to_be_bf16(tmp_path: Path) -> None:
     """A queue of features times prototypes, as SwAV's."""
     told: list[str] = []

@@ -111,7 +111,7 @@ IN_FP32 = (
 FILLING = _functions("masked_fill masked_fill_", torch, Tensor)
 CHECKPOINT = tag_activation_checkpoint  # as dynamo sees `torch.utils.checkpoint.checkpoint`
 # in scripts that run with a plan others stand there, see averages.py
-LERP, CLONE = Tensor.lerp_, Tensor.clone
+LERP, BLEND, CLONE = Tensor.lerp_, Tensor.lerp, Tensor.clone
 LISTED = UNIFORM | INTO_FIRST | IN_FP32 | FILLING
 # What `module.to()` calls: dynamo has stand-ins for them, which nothing can hash.
 _PARSE, _COMPARE = torch._C._nn._parse_to, torch._has_compatible_shallow_copy_type
@@ -134,6 +134,8 @@ class ActivationMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.lerp_:
             func = LERP
+        elif func is Tensor.lerp:
+            func = BLEND
         elif func is Tensor.clone:
             func = CLONE
         if func is CHECKPOINT or func is flex_attention:

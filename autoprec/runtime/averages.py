@@ -4,7 +4,7 @@ An average in FP32 that is older than the plan meets BF16 parameters, of which `
 one that is a copy of a model with a plan is BF16 itself, where small changes are lost. So from the
 first plan on `torch._foreach_lerp_` (as torch.optim.swa_utils calls it) takes the masters of BF16
 parameters, and of what shares their storage, in their place, and so does the `avg_fn` of an
-`AveragedModel`; and `Tensor.lerp_` does in scripts that run with a plan (integrations/launch),
+`AveragedModel`; and `lerp_` and `lerp` do in scripts that run with a plan (integrations/launch),
 until they end:
 
     a <- a + weight (m - a)      a the FP32 average, or the average's own master, then rounded
@@ -100,6 +100,16 @@ def around_lerp(original: Function, average: Any, /, *args: Any, **kwargs: Any) 
     return average
 
 
+def around_blend(original: Function, /, *args: Any, **kwargs: Any) -> Any:
+    """Call `lerp` that returns an average, with masters in the place of BF16 parameters."""
+    given = [x for x in (*args, *kwargs.values()) if type(x) in PLAIN]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        return original(*args, **kwargs)
+    found = {} if is_mode_active() else _planned(given)
+    exact = {name: _exact(value, found) for name, value in kwargs.items()}
+    return original(*(_exact(value, found) for value in args), **exact)
+
+
 def around_clone(original: Function, tensor: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Call `Tensor.clone`, and return FP32 values of BF16 parameters, unless forward asks."""
     copied = original(tensor, *args, **kwargs)
@@ -148,7 +158,7 @@ def _warn_of_average() -> None:
     )
 
 
-def _exact(tensor: Tensor, found: Mapping[int, Planned]) -> Tensor:
+def _exact(tensor: Any, found: Mapping[int, Planned]) -> Any:
     if id(tensor) not in found:
         return tensor
     store, parameter = found[id(tensor)]

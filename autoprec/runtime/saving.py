@@ -1,4 +1,4 @@
-"""What a script saves of models with a plan -> what it would save without one.
+"""What a script saves and copies of models with a plan -> what it would be without one.
 
 `torch.save` gets whole models, parameters, and state dicts; of weights that an optimizer trains the
 latter have the FP32 masters already (state_dicts.py). Frozen weights are BF16 and have none, so
@@ -7,6 +7,7 @@ their FP32 values wait for files in host memory, up to a limit.
 
 import copy
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,6 +40,18 @@ class Files:
     def hand_over(self, model: nn.Module) -> None:
         """Give a model's masters what was kept, now that it has the plan."""
         masters_of(model).frozen.update(self._frozen[model])
+
+    def around_save(self, save: Callable[..., Any], obj: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call what writes files (`torch.save`, `pickle.dump`) with a value as without a plan."""
+        return save(self.as_saved(obj), *args, **kwargs)
+
+    def around_deepcopy(self, call: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Copy a model (for an average, a teacher) as without a plan, which it gets to be trained.
+
+        With a memo it is a part of what is copied.
+        """
+        is_model = isinstance(x, nn.Module) and not args and not kwargs
+        return call(self.as_saved(x) if is_model else x, *args, **kwargs)
 
     def as_saved(self, value: Any) -> Any:  # Any: whatever torch.save is given
         """Return a value as the script without a plan has it, in dicts, lists and tuples too.

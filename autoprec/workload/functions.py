@@ -231,7 +231,8 @@ class Workload:
                 loss = self._call("loss_fn(model, batch)", Tensor, "a scalar tensor", model, batch)
         except WorkloadError as error:
             is_low = any(p.dtype in LOW_PRECISION for p in model.parameters())
-            if is_low and not self.written.dtypes and "float" in str(error).lower():  # a dtype
+            is_of_dtype = "float" in str(error).lower() or "AssertionError" in str(error)
+            if is_low and not self.written.dtypes and is_of_dtype:
                 error.args = (f"{error}{GIVES_BF16}",)
             raise
         if loss.numel() != 1 or not loss.is_floating_point():

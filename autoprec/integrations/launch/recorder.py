@@ -159,7 +159,7 @@ class Recorder:
             output = call(module, *args, **kwargs)
         writes_inputs = versions != [tensor._version for tensor in inputs]
         # from here on, what happens to the output is on the tape
-        number = tape.add(nodes, output, self.model or model)
+        number = tape.add(nodes, output, self.model or model, part=model)
         self._calls[number] = SeenCall(model, before, named, writes_inputs, state, gpus)
         return output
 

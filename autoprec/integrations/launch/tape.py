@@ -7,6 +7,7 @@ What no node made is an input of the graph:
     parameter_I   parameter I of the model (a penalty on the weights, a tied head)
     constant_I    any other tensor (targets, masks), copied when it is first used
     device        the device that the model is on
+    NAME          a tensor that a call of the model left as an attribute of it (an auxiliary loss)
     unseen        depends on weights in a way that was not seen: no loss may need it
 
 What is computed without the output is a constant. Numbers that a script takes out of tensors
@@ -15,6 +16,7 @@ What is computed without the output is a constant. Numbers that a script takes o
 
 import copy
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -129,8 +131,8 @@ class Tape:
 
         return tree_map(taken, inputs), nodes
 
-    def add(self, nodes: list[fx.Node], output: Value, model: nn.Module) -> int:
-        """Record one more call of the model or a part of it, and return the call's number."""
+    def add(self, nodes: list[fx.Node], output: Value, model: nn.Module, *, part: nn.Module) -> int:
+        """Record one more call of the model's part (or all), and return the call's number."""
         number = self.calls
         self.calls += 1
         for parameter in model.parameters():
@@ -140,6 +142,11 @@ class Tape:
         call = self.graph.call_module(str(number), tuple(nodes))
         for index, tensor in enumerate(tensors_in(output)):
             self._name(tensor, self.graph.call_function(_nth, (call, index)))
+        for module in part.modules():
+            for name, kept in (*vars(module).items(), *module._buffers.items()):
+                if isinstance(kept, Tensor) and kept.grad_fn and id(kept) not in self._known:
+                    self._name(kept, self.graph.create_node("get_attr", name, (call,)))
+                    self._known[id(kept)].node.meta["module"] = module
         return number
 
     def has_made(self, value: Tensor) -> bool:
@@ -198,9 +205,12 @@ class Tape:
     def named_graph(self, model: nn.Module) -> fx.Graph:
         """Return the finished graph with parameters by their place in the model."""
         places = {id(parameter): place for place, parameter in enumerate(model.parameters())}
+        paths = {module: f"{path}." if path else "" for path, module in model.named_modules()}
         for node in self.graph.nodes:
             if "parameter" in node.meta:
                 node.target = f"parameter_{places[id(node.meta.pop('parameter'))]}"
+            if "module" in node.meta:
+                node.target = f"{paths[node.meta.pop('module')]}{node.target}"
         return self.graph
 
     def _unseen(self, value: Tensor) -> str:
@@ -217,7 +227,7 @@ class Tape:
             return f"{name}, of an autograd function of its own"
         return (
             f"{name} of the model's weights, from before the model's call, or from within it and "
-            "not returned (an attribute, a hook, an object that is no container)"
+            "not returned (a list that the model keeps, a hook, an object that is no container)"
         )
 
     def _watched(self, hook: Function) -> Function:
@@ -287,6 +297,8 @@ def replay(
             values[node] = call(int(node.target), *map_arg(node.args, values.__getitem__))
             outputs = tensors_in(values[node])
             is_mixed = is_mixed and not any(t.dtype in LOW_PRECISION for t in outputs)
+        elif node.op == "get_attr":
+            values[node] = operator.attrgetter(node.target)(model)
     loss: Tensor = values[_root(graph)]
     return loss
 

@@ -7,8 +7,9 @@ applied three things of torch are wrapped:
     Module.__call__                     the first call that trains a model that fits is the moment
     DistributedDataParallel, DataParallel               or just before one of these wraps it
 
-(and `Tensor.lerp_`, by which scripts keep averages of weights, see runtime/averages.py,
-`torch.save`, to which they give whole models and parameters, and `Tensor.numpy`, without BF16).
+(and `lerp_`, `lerp` and `deepcopy`, by which scripts keep averages of weights, see
+runtime/averages.py, `torch.save` and `pickle.dump`, to which they give whole models and parameters,
+and `Tensor.numpy`, without BF16).
 
 A model that `fully_shard` or `parallelize_module` has sharded gets the plan at its first call too:
 its FP32 shards are the masters (runtime/shards.py).
@@ -18,9 +19,11 @@ Then `apply` changes model and optimizers in place, and the wrappers go; the one
 to a second model that the plan is for (an ensemble, cross-validation).
 """
 
+import copy
 import gc
 import inspect
 import logging
+import pickle
 import sys
 import traceback
 import weakref
@@ -48,7 +51,7 @@ from autoprec.model.layers import find_layers, unwrapped
 from autoprec.records import Plan
 from autoprec.runtime import attach_optimizer, undo
 from autoprec.runtime.attach import ON_OPTIMIZER, STATELESS, StateDict, watch_optimizers
-from autoprec.runtime.averages import around_clone, around_lerp
+from autoprec.runtime.averages import around_blend, around_clone, around_lerp
 from autoprec.runtime.layouts import MASTER
 from autoprec.runtime.saving import Files
 from autoprec.runtime.shards import whole_again
@@ -102,7 +105,10 @@ class Watch:
             *((cls, "__init__", self._around_parallel) for cls in parallel),
             (Tensor, "lerp_", around_lerp),
             (Tensor, "clone", around_clone),
-            (torch, "save", self._around_save),
+            (Tensor, "lerp", around_blend),
+            (torch, "save", self._files.around_save),
+            (pickle, "dump", self._files.around_save),
+            (copy, "deepcopy", self._files.around_deepcopy),
             (Tensor, "numpy", self._around_numpy),
             (sys, "excepthook", self._around_error),
             *(self._guard.patches if self._guard is not None else ()),
@@ -231,9 +237,6 @@ class Watch:
             parameters = trained_by(optimizer)
             for index, master in state_dict[STATELESS].items():
                 optimizer.state[parameters[index]][MASTER] = master.detach().clone()
-
-    def _around_save(self, save: Function, obj: Any, *args: Any, **kwargs: Any) -> None:
-        save(self._files.as_saved(obj), *args, **kwargs)
 
     def _around_numpy(self, call: Function, tensor: Tensor, /, *args: Any, **kwargs: Any) -> Any:
         """Give FP32 arrays of BF16 tensors, of which numpy has none; what is written is refused."""
