@@ -85,6 +85,31 @@ def test_tensors_that_the_model_keeps_as_attributes_are_parts_of_the_loss(tmp_pa
         assert float(workload.loss_fn(model, batch).detach()) < before
 
 
+def test_a_weight_beside_the_parts_of_a_model_is_the_model_s(tmp_path: Path) -> None:
+    """As the log_std of a policy whose method calls its mean: PPO's on continuous actions."""
+    head, _, tail = HEAD.partition("model = Net()")
+    agent = """
+class Agent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mean, self.log_std = Net(), nn.Parameter(torch.zeros(16))
+    def log_prob(self, x, y):
+        mean = self.mean(x)
+        normal = torch.distributions.Normal(mean, self.log_std.expand_as(mean).exp())
+        return normal.log_prob(F.one_hot(y, 16).float()).sum(1)
+model = Agent()
+"""
+    loop = LOOP.replace("F.cross_entropy(model(x), y)", "-model.log_prob(x, y).mean()")
+    workload = record(tmp_path, head + agent + tail + loop)
+    model = workload.build_model()
+    torch.autograd.backward(workload.loss_fn(model, next(workload.train_batches(0))))
+    assert model.get_parameter("log_std").grad is not None
+    alone = "model = Net(); sigma = nn.Parameter(torch.ones(()))"
+    loop = LOOP.replace("y)\n", "y) * sigma\n", 1)
+    with pytest.raises(WorkloadError, match="a tensor that is one number that requires gradients"):
+        record(tmp_path, head + alone + tail + loop)
+
+
 def test_what_a_script_switches_on_for_its_process_is_off_behind_it(tmp_path: Path) -> None:
     switches = "torch.autograd.set_detect_anomaly(True)\ntorch.set_default_device('cpu')\n"
     switches += "import logging\nlogging.getLogger().setLevel(1)\n"

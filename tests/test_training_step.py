@@ -211,6 +211,12 @@ def test_a_schedule_that_fails_later_is_said_in_one_line() -> None:
         start_training(workload, workload.build_model())
 
 
+def test_rates_that_overflow_are_said_to_have_no_peak() -> None:
+    workload = make(build_scheduler=lambda o: schedules.LambdaLR(o, lambda n: 10.0 ** (10 * n)))
+    with pytest.raises(WorkloadError, match="rates must have a peak, but those of LambdaLR rise"):
+        start_training(workload, workload.build_model())
+
+
 def test_a_schedule_without_an_end_is_looked_ahead_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("autoprec.workload.training.LONGEST_SCHEDULE", 500)
     asked: list[int] = []

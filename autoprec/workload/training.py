@@ -259,6 +259,11 @@ def _step(scheduler: LRScheduler) -> bool:
             scheduler.step()
         except ValueError:  # OneCycleLR past its total_steps
             return False
+        except OverflowError as error:
+            raise WorkloadError(
+                f"rates must have a peak, but those of {type(scheduler).__name__} rise until they "
+                "overflow, as in a learning-rate range test; tune what is trained after it"
+            ) from error
     return True
 
 

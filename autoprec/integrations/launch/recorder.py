@@ -271,13 +271,7 @@ class Recorder:
             self.refuse("the loss must be one scalar, but backward starts from something else")
         self._mode.tape = None
         self._count_dropped()
-        unseen = tape.finish(roots[0])
-        if unseen is not None:
-            self.refuse(
-                self._foreign
-                or "the loss must come from the model's output through torch functions, but it "
-                f"also depends on {unseen}"
-            )
+        self._check_tape(tape, roots[0])
         used = tape.used_calls() or {*self._calls}
         if not used <= {*self._calls}:
             self.refuse(
@@ -291,6 +285,16 @@ class Recorder:
         self.losses.append(float(roots[0].detach()))
         if not self.optimizers and self.model is not None:
             self._weights = sum_of_weights(self.model)
+
+    def _check_tape(self, tape: Tape, root: Tensor) -> None:
+        """Let a tape end at the loss, and take weights on it for the model's where they can be."""
+        unseen = tape.finish(root)
+        others = {*tape.parameters()} - {*(self.model.parameters() if self.model else ())}
+        if unseen is None and others and not self._widen(list(others)):
+            unseen = tape.describe(others.pop())
+        if unseen is not None:
+            rule = "the loss must come from the model's output through torch functions, but it also"
+            self.refuse(self._foreign or f"{rule} depends on {unseen}")
 
     def _count_dropped(self) -> None:
         """See to gradients that no optimizer has seen: the script dropped them.

@@ -213,7 +213,11 @@ class Tape:
                 node.target = f"{paths[node.meta.pop('module')]}{node.target}"
         return self.graph
 
-    def _unseen(self, value: Tensor) -> str:
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that the finished graph computes with."""
+        return [node.meta["parameter"] for node in self.graph.nodes if "parameter" in node.meta]
+
+    def describe(self, value: Tensor) -> str:
         """Say what a tensor with a gradient hangs on, if no call that was seen made it."""
         nodes = [node for node in nodes_behind([value]) if hasattr(node, "variable")]
         for leaf in [node.variable for node in nodes] if value.grad_fn else [value]:
@@ -256,9 +260,16 @@ class Tape:
             is_written = "constant" in known.node.meta and value._version != known.version
             if not is_written and (known.requires_grad or not value.requires_grad):
                 return known.node
+        if value.requires_grad and isinstance(
+            value, nn.Parameter
+        ):  # whose model may be seen later, as PPO's log_std
+            node = self.graph.placeholder("parameter")
+            node.meta["parameter"] = value
+            self._name(value, node)
+            return node
         if value.requires_grad and not is_input:  # of weights, and no call that was seen made it
             node = self.graph.placeholder("unseen")
-            node.meta["unseen"] = self._unseen(value)
+            node.meta["unseen"] = self.describe(value)
             return node
         node = self.graph.placeholder(f"constant_{len(self.constants)}")
         node.meta["constant"] = len(self.constants)
