@@ -913,8 +913,10 @@ def test_a_script_that_ends_early_or_fails_says_so(
 ) -> None:
     made = HEAD.index("model = ")
     for body in (HEAD + LOOP, HEAD + LOOP + HEAD[made:] + LOOP):  # the next fold is another model
-        with pytest.raises(WorkloadError, match="trained its model for 5; ask for fewer"):
-            record(tmp_path, body, "5")
+        with pytest.raises(WorkloadError, match="trained its model for 9; ask for fewer, or let"):
+            record(tmp_path, body, "9", steps=10)
+    with pytest.raises(WorkloadError, match="trained its model for 5; let it train longer"):
+        record(tmp_path, HEAD + LOOP, "5")  # fewer than 8 cannot be asked for
     with pytest.raises(WorkloadError, match="none was in this process"):
         record(tmp_path, "print(1)")
     with pytest.raises(WorkloadError, match="exit status 1"):

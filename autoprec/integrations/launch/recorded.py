@@ -60,6 +60,7 @@ from autoprec.workload.written import LOW_PRECISION, Written, in_fp32
 logger = logging.getLogger(__name__)
 Pairs = dict[str, tuple[nn.Parameter, nn.Parameter]]  # parameters at first and at the end, by name
 HELD_OUT = 4  # one batch in four is for evaluation
+FEWEST_STEPS = 8  # that --script-steps takes
 LOSS_RTOL, NORM_RTOL = 1e-4, 1e-2  # kernels that are not deterministic stay within these
 
 
@@ -335,9 +336,10 @@ def _ended_early(script: Script, recorder: Recorder, status: int) -> WorkloadErr
             f"fix it, or {MODEL_PY}"
         )
     if recorder.steps > 0:
+        fewer = "ask for fewer, or " if recorder.steps >= FEWEST_STEPS else ""
         return WorkloadError(
             f"{rule} (--script-steps), but {script.name} trained its model for {recorder.steps}; "
-            "ask for fewer, or let it train longer"
+            f"{fewer}let it train longer"
         )
     reason = "an optimizer of torch.optim must step, but none did"
     if recorder.model is None:
