@@ -95,6 +95,7 @@ class PlanStudy:
     alive: int = 0  # trials finished or under way, here or elsewhere
     best: SearchTrial | None = None  # the feasible plan of the least rank
     seen: list[Seen] = field(default_factory=list)  # the plans that were measured
+    usual_share: float = 0.0  # of their errors, that the standard errors are
     held_budget: float = 0.0  # the gradient error that may be, less the standard errors it holds
     _notes: dict[int, _Note] = field(default_factory=dict)  # of all finished trials, here or not
     _taken: set[str] = field(default_factory=set)  # plans that other workers are measuring
@@ -260,8 +261,8 @@ class PlanStudy:
             if plan.grad_error_basis is Basis.MEASURED and not is_all_fp32(plan.options)
         ]
         relative = [one.stderr / one.grad_error for one in self.seen if one.grad_error > 0.0]
-        share = statistics.median(relative) if relative else 0.0
-        self.held_budget = self.budget / (1.0 + DEVIATIONS * share)
+        self.usual_share = statistics.median(relative) if relative else 0.0
+        self.held_budget = self.budget / (1.0 + DEVIATIONS * self.usual_share)
 
     def _run(self, options: Options, source: str) -> None:
         """Evaluate a plan as a trial that names what its layers have; failed if broken off.
@@ -336,7 +337,9 @@ class PlanStudy:
         reach = UNDECIDED * max(error.stderr, LEAST_RELATIVE * error.mean)
         least_ms = self.problem.costs.counted_ms(options) * (1.0 + max(error.mean - reach, 0.0))
         is_ahead = self.best is None or least_ms < self.best.time_to_loss_ms
-        is_unlike = error.mean <= self.budget and error.stderr > UNLIKE * error.mean
+        # its own batches, or those of other plans, which are the same
+        differ = max(error.stderr, self.usual_share * error.mean)
+        is_unlike = error.mean <= self.budget and differ > UNLIKE * error.mean
         return is_ahead and (is_unlike or abs(error.mean - self.budget) <= reach)
 
     def _held(self, error: Estimate) -> float:
