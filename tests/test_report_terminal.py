@@ -104,6 +104,10 @@ def test_a_proof_on_a_proxy_is_not_cut_before_what_takes_it_back() -> None:
     full = summarise_run(replace(run, verification=proof, sensitivity=table))
     print_answer(replace(full, left_out=("what has no FP8 option " * 8,) * 3), target)
     assert "\ncheck " in printed(target)  # said, whatever else there is no room for
+    long = proof.model_copy(update={"advice": " ".join([advice] * 4)})
+    target = console(80)
+    print_answer(summarise_run(replace(run, verification=long, sensitivity=table)), target)
+    assert "\nFP8 " in printed(target)  # what was asked
     target = console(80)
     print_answer(summarise_run(replace(run, verification=proof)), target)
     assert f"3 seeds); the tolerance is 0.30 %; {advice}" in squeezed(printed(target))

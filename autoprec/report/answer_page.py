@@ -2,7 +2,8 @@
 
 Every fact has at most three, but the proof, which ends with what its verdict does not show: that
 has all that are left. A terminal narrower than COMMON has more lines of each, and facts that the
-page has no room for are left out, the least needed first; `--verbose` and the report have all.
+page has no room for are left out, the least needed first, or cut (whether FP8 pays); `--verbose`
+and the report have all.
 """
 
 import shlex
@@ -28,7 +29,8 @@ CUT = " ..."
 def print_answer(found: Summary, console: Console, *, out: Path | str | None = None) -> None:
     """Print the short page; `out` is the run's folder as the user writes it."""
     style = "bold" if found.answer.advice is Advice.APPLY else "bold yellow"
-    head = _wrapped(found.answer.headline, console, console.width, style)
+    most = _lines_of(MOST_OF_ONE, console.width)
+    head = _wrapped(found.answer.headline, console, console.width, style, most)
     below = [Line(""), *next_lines(found, out)]
     if out is not None:
         folder = Path(out).as_posix()
@@ -42,9 +44,12 @@ def print_answer(found: Summary, console: Console, *, out: Path | str | None = N
     )
     lines: list[Text] = []
     for key, text, style in answer_facts(found):
-        room = left - len(lines)
-        most = room if key == "proof" else None
-        wrapped = _wrapped(text, console, console.width - KEY, style, most)
+        room, most = left - len(lines), _lines_of(MOST_OF_ONE, console.width - KEY)
+        if key == "proof":
+            most = room
+        elif key == "FP8":  # cut, and not left out: it is what was asked
+            most = min(most, room)
+        wrapped = _wrapped(text, console, console.width - KEY, style, max(most, 1))
         if len(wrapped) <= room:
             keys = [key, *[""] * (len(wrapped) - 1)]
             lines += [Text(f"{k:{KEY}}").append_text(w) for k, w in zip(keys, wrapped, strict=True)]
@@ -147,11 +152,8 @@ def _lines_of(lines: int, width: int) -> int:
     return max(lines, lines * COMMON // width)
 
 
-def _wrapped(
-    text: str, console: Console, width: int, style: str, most: int | None = None
-) -> list[Text]:
-    """Return a text in lines of that width, cut after `most`, MOST_OF_ONE of a common terminal."""
-    most = most or _lines_of(MOST_OF_ONE, width)
+def _wrapped(text: str, console: Console, width: int, style: str, most: int) -> list[Text]:
+    """Return a text in lines of that width, cut after `most`."""
     lines = list(shown_text(Line(text, style), console).wrap(console, width))
     for line in lines:
         line.rstrip()
