@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoprec.errors import RecordError
+from autoprec.model.options import grad_weight_in_bf16
 from autoprec.predict.family import Place, depth_weights, find_places, role_in_block
 from autoprec.predict.transfer import (
     default_locks,
@@ -171,6 +172,16 @@ def test_another_family_is_refused() -> None:
     small = model_of(linear_layer("conv_stem", 64, 64, options=OPTIONS))
     with pytest.raises(RecordError, match=r"same family.*q_proj, down_proj, lm_head.*conv_stem"):
         transfer_sensitivity(measured(small, {"conv_stem": 1e-3}), model(2))
+
+
+def test_a_table_without_fp8_in_grad_weight_is_refused_for_a_model_with_it() -> None:
+    small = measured(SMALL, E)
+    masked = grad_weight_in_bf16(TENSORWISE)
+    rows = [r.model_copy(update={"option": masked}) if r.option.is_fp8 else r for r in small.rows]
+    with pytest.raises(RecordError, match=r"of 100 %.* no multiple of 16"):
+        transfer_sensitivity(small.model_copy(update={"rows": tuple(rows)}), model(2))
+    both = small.model_copy(update={"rows": (*small.rows, *(r for r in rows if r.option.is_fp8))})
+    assert transfer_sensitivity(both, model(2)).rows == transfer_sensitivity(small, model(2)).rows
 
 
 def test_budget_and_noise_are_the_small_models() -> None:

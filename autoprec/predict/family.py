@@ -27,7 +27,7 @@ from autoprec.common.recipes import Precision
 from autoprec.common.text import first_and_more, percent
 from autoprec.errors import RecordError
 from autoprec.model.options import grad_weight_in_bf16, shape_refusal
-from autoprec.records.model import LayerKind, LayerSpec, ModelSpec
+from autoprec.records.model import LayerKind, LayerSpec, ModelSpec, Option
 
 DIGITS = re.compile(r"\d+")
 ENDS = 2  # the first and the last layer of a role
@@ -146,7 +146,7 @@ def _check_takes_fp8(large: ModelSpec, small: ModelSpec, places: Mapping[str, Pl
     for layer in large.layers:
         if layer.name in places and any(option.is_fp8 for option in layer.options):
             peers = [theirs[peer] for peer in places[layer.name].peers]
-            size = sum(p.numel for p in layer.parameters if p.shared_with is None)
+            size = own_weights(layer)
             total += size
             if why := _why_unmeasured(layer, peers):
                 lost += size
@@ -164,14 +164,23 @@ def _check_takes_fp8(large: ModelSpec, small: ModelSpec, places: Mapping[str, Pl
 def _why_unmeasured(layer: LayerSpec, peers: Sequence[LayerSpec]) -> str:
     """Return why FP8 cannot be measured on a layer's peers as the layer runs it; "" if it can."""
     theirs = {option for peer in peers for option in peer.options if option.is_fp8}
-    own = [option for option in layer.options if option not in theirs]
-    if theirs and not any(grad_weight_in_bf16(option) in theirs for option in own):
+    if theirs and not lack_grad_weight(layer, theirs):
         return ""
     gemm, tokens = peers[0].gemm, peers[0].tokens
     why = peers[0].refusal(Precision.FP8_O1)
     if gemm is not None and not why:
         why = shape_refusal(gemm.K, gemm.N, tokens=(gemm.M, *tokens))
     return why or "it has no recipe in common"
+
+
+def own_weights(layer: LayerSpec) -> int:
+    """Return a layer's parameters, those that it shares with an earlier one left out."""
+    return sum(p.numel for p in layer.parameters if p.shared_with is None)
+
+
+def lack_grad_weight(layer: LayerSpec, theirs: Collection[Option]) -> bool:
+    """Whether peers have a layer's FP8 options with grad_weight in BF16 alone, for their tokens."""
+    return any(grad_weight_in_bf16(o) in theirs for o in layer.options if o not in theirs)
 
 
 def _mismatch(missing: Sequence[str], other: Sequence[str]) -> str:

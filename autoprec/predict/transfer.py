@@ -13,12 +13,21 @@ these only linears, so head and gates, could run in FP8 at all.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from autoprec.common.text import first_and_more
+from autoprec.common.grouping import grouped
+from autoprec.common.text import first_and_more, percent
 from autoprec.errors import RecordError
 from autoprec.model.roles import Role, role_of
-from autoprec.predict.family import ENDS, Place, depth_weights, find_places, role_in_block
+from autoprec.predict.family import (
+    ENDS,
+    Place,
+    depth_weights,
+    find_places,
+    lack_grad_weight,
+    own_weights,
+    role_in_block,
+)
 from autoprec.records.model import FP32, Basis, LayerKind, LayerSpec, ModelSpec, Option
 from autoprec.records.sensitivity import Estimate, Island, LayerSensitivity, Sensitivity
 
@@ -33,10 +42,12 @@ def transfer_sensitivity(small: Sensitivity, spec: ModelSpec) -> Sensitivity:
     """Return the sensitivity of a model by that of a smaller one of its family.
 
     Raises:
-        RecordError: no layer has a counterpart, or none of those that could run in FP8.
+        RecordError: no layer has a counterpart, or none of those that could run in FP8; or most of
+            those have grad_weight in BF16 there.
     """
     table = {row.cell: row for row in small.rows}
     places = find_places(spec.names, (name for name, _ in table))
+    _check_tokens(small, spec, places)
     # A layer without a counterpart is unknown, and so out of FP8.
     rows: list[LayerSensitivity] = []
     unmatched: list[str] = []
@@ -64,6 +75,21 @@ def transfer_sensitivity(small: Sensitivity, spec: ModelSpec) -> Sensitivity:
             "notes": tuple(_transfer_notes(small, unmatched)),
         }
     )
+
+
+def _check_tokens(small: Sensitivity, spec: ModelSpec, places: Mapping[str, Place]) -> None:
+    """Refuse a table that was measured on batches whose tokens keep grad_weight out of FP8."""
+    options = grouped((row.name, row.option) for row in small.rows)
+    able = [x for x in spec.layers if x.name in places and any(o.is_fp8 for o in x.options)]
+    theirs = [[o for name in places[x.name].peers for o in options[name]] for x in able]
+    lost = sum(own_weights(x) for x, o in zip(able, theirs, strict=True) if lack_grad_weight(x, o))
+    total = sum(map(own_weights, able))
+    if lost > total / 2:
+        raise RecordError(
+            "a sensitivity of another model must be of FP8 as this one runs it, but of "
+            f"{percent(lost / total)} of the weights that could it has grad_weight in BF16, as the "
+            "tokens of its batches are no multiple of 16; measure it on batches that are"
+        )
 
 
 def _islands(small: Sensitivity, spec: ModelSpec) -> Iterator[Island]:
