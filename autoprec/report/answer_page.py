@@ -2,8 +2,8 @@
 
 Every fact has at most three, but the proof, which ends with what its verdict does not show: that
 has all that are left. A terminal narrower than COMMON has more lines of each, and facts that the
-page has no room for are left out, the least needed first, or cut (whether FP8 pays); `--verbose`
-and the report have all.
+page has no room for are left out, the least needed first, or cut (`RESERVED`); `--verbose` and the
+report have all.
 """
 
 import shlex
@@ -24,6 +24,8 @@ MOST_OF_ONE = 3  # lines of a fact in COMMON columns
 COMMON = 80
 KEY = 10  # columns of the facts' names
 CUT = " ..."
+# lines that are left for these, which are cut where there are no more
+RESERVED = {"check": 2, "BF16": 2, "further": 2, "FP8": 1}
 
 
 def print_answer(found: Summary, console: Console, *, out: Path | str | None = None) -> None:
@@ -43,13 +45,15 @@ def print_answer(found: Summary, console: Console, *, out: Path | str | None = N
         - sum(_height(line, console) for line in below)
     )
     lines: list[Text] = []
-    for key, text, style in answer_facts(found):
-        room, most = left - len(lines), _lines_of(MOST_OF_ONE, console.width - KEY)
+    facts, width = [*answer_facts(found)], console.width - KEY
+    for place, (key, text, style) in enumerate(facts):
+        later = sum(RESERVED.get(key, 0) for key, *_ in facts[place + 1 :])
+        room, most = left - len(lines) - _lines_of(later, width), _lines_of(MOST_OF_ONE, width)
         if key == "proof":
             most = room
-        elif key == "FP8":  # cut, and not left out: it is what was asked
+        elif key in RESERVED:
             most = min(most, room)
-        wrapped = _wrapped(text, console, console.width - KEY, style, max(most, 1))
+        wrapped = _wrapped(text, console, width, style, max(most, 1))
         if len(wrapped) <= room:
             keys = [key, *[""] * (len(wrapped) - 1)]
             lines += [Text(f"{k:{KEY}}").append_text(w) for k, w in zip(keys, wrapped, strict=True)]
