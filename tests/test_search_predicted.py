@@ -222,6 +222,17 @@ def test_linears_whose_counterparts_in_a_proxy_take_no_fp8_are_told() -> None:
     assert f"no FP8 option yet for 33 % of the weights ({why})" in plan.notes
 
 
+def test_tokens_that_keep_grad_weight_out_of_fp8_are_told() -> None:
+    names, pooled = ("up", "down", "head"), linear_layer("pooled", 8192, 8192, shape=(1, 6))
+    told = "grad_weight stays in BF16 in the 3 layers that FP8 could take with M=4100, no multiple"
+    for tokens, is_told in ((4096, False), (4100, True)):
+        layers = [linear_layer(name, 8192, 8192, shape=(1, tokens)) for name in names]
+        spec = model_of(*layers, pooled).model_copy(update={"tokens_per_step": tokens})
+        plan = planned(predicted("", spec))
+        found = [note for note in plan.notes if note.startswith("grad_weight stays in BF16")]
+        assert found == [f"{told} of 16: 4112 tokens there would change that"] * is_told
+
+
 def test_attention_that_holds_its_projections_is_told_beside_those_that_can() -> None:
     attention = plain_layer("attn", LayerKind.ATTENTION, (1536, 512), (8, 128, 512))
     plan = planned(predicted("", model_of(attention, linear_layer("up", 512, 3072))))

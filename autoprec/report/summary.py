@@ -151,6 +151,7 @@ def summarise_run(run: RunRecords) -> Summary:
         "BF16 O2 is ",
         "no time is known for",
         "no FP8 option yet",
+        "grad_weight stays in BF16",
         "tp=",
     )
     answers, promise = [plan_note(plan, start) for start in starts], Promise.of(run.proof, plan)

@@ -8,8 +8,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Sized
 
 from autoprec.common.text import compared, first_and_more, percent, significant
+from autoprec.model.options import FP8_MULTIPLE
 from autoprec.model.roles import Role, role_of
 from autoprec.predict import Parallel, parse_parallel
+from autoprec.predict.family import own_weights
 from autoprec.predict.memory import memory_note
 from autoprec.predict.parallel import unsplit_note
 from autoprec.predict.transfer import sensitivity_basis
@@ -42,6 +44,7 @@ def plan_notes(
         _tie_note(costs, options),
         _unknown_note(profile),
         _no_option_note(profile, costs),
+        _tokens_note(profile),
         _unsure_note(profile, costs, search, options),
         memory_note(profile, chosen, costs.memory_bytes(options)),
         (_why_no_bf16 if is_all_fp32(options) else _why_slower)(problem, search, options),
@@ -376,12 +379,11 @@ def _no_option_note(profile: Profile, costs: Costs) -> str:
     kinds: Counter[str] = Counter()
     is_able = any(option.is_fp8 for layer in model.layers for option in layer.options)
     for layer, prices, missing in zip(model.layers, costs.prices, costs.missing, strict=True):
-        own = [p for p in layer.parameters if p.shared_with is None]
-        numel = sum(p.numel for p in own)  # with its biases, as times leave it out
+        numel = own_weights(layer)  # with its biases, as times leave it out
         if fp8 := [option for option in layer.options if option.is_fp8]:
             if prices.keys().isdisjoint(fp8) and UNMEASURED in map(missing.get, fp8):
                 kinds[UNMEASURED] += numel
-        elif layer.kind in NO_FP8_KINDS and any(len(p.matrix_shape) > 1 for p in own):
+        elif layer.kind in NO_FP8_KINDS and any(len(p.matrix_shape) > 1 for p in layer.parameters):
             kinds[layer.type_name.rpartition(".")[2]] += numel
         elif layer.kind is LayerKind.LINEAR and is_able and layer.refusals:
             kinds[layer.refusals[0].reason] += numel  # where none is able the first note says why
@@ -394,6 +396,23 @@ def _no_option_note(profile: Profile, costs: Costs) -> str:
         return ""
     first, *others = (f"{percent(share)} of the weights ({kind})" for kind, share in large)
     return f"no FP8 option yet for {first}{''.join(f' and {other}' for other in others)}"
+
+
+def _tokens_note(profile: Profile) -> str:
+    """Return that the largest M keeps grad_weight of notable weights out of FP8; "" if it does not.
+
+    Of batches that differ the profile says it.
+    """
+    model, M = profile.model, profile.model.tokens_per_step
+    layers = [layer for layer in model.layers if layer.gemm and layer.gemm.M == M]
+    found = [own_weights(x) for x in layers if any(option.is_fp8 for option in x.options)]
+    is_uneven = M % FP8_MULTIPLE and len(model.mix) < 2
+    if not is_uneven or sum(found) < NOTABLE * model.numel:
+        return ""
+    return (
+        f"grad_weight stays in BF16 in {_count(found)} that FP8 could take with M={M}, no multiple "
+        f"of {FP8_MULTIPLE}: {M + -M % FP8_MULTIPLE} tokens there would change that"
+    )
 
 
 def outside_note(sensitivity: Sensitivity, options: Options) -> list[str]:
