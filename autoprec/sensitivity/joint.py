@@ -52,6 +52,7 @@ class JointMeter:
         error of small subsets).
         """
         worst, whole = [joint.largest], joint.estimate.mean
+        # what is left of that one counts in proportion: bars and budgets are of all batches
         part = whole / joint.of(*worst).mean if whole > 0.0 else 1.0
         self.islands, left = find_islands(
             self.reference,
