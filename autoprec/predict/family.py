@@ -146,10 +146,9 @@ def _check_takes_fp8(large: ModelSpec, small: ModelSpec, places: Mapping[str, Pl
     for layer in large.layers:
         if layer.name in places and any(option.is_fp8 for option in layer.options):
             peers = [theirs[peer] for peer in places[layer.name].peers]
-            size = own_weights(layer)
-            total += size
+            total += layer.numel
             if why := _why_unmeasured(layer, peers):
-                lost += size
+                lost += layer.numel
                 reasons.setdefault(why, {})[role_in_block(peers[0].name, 2)] = None
     if lost > total / 2:
         each = (f"{first_and_more(roles, most=2)}: {why}" for why, roles in reasons.items())
@@ -171,11 +170,6 @@ def _why_unmeasured(layer: LayerSpec, peers: Sequence[LayerSpec]) -> str:
     if gemm is not None and not why:
         why = shape_refusal(gemm.K, gemm.N, tokens=(gemm.M, *tokens))
     return why or "it has no recipe in common"
-
-
-def own_weights(layer: LayerSpec) -> int:
-    """Return a layer's parameters, those that it shares with an earlier one left out."""
-    return sum(p.numel for p in layer.parameters if p.shared_with is None)
 
 
 def lack_grad_weight(layer: LayerSpec, theirs: Collection[Option]) -> bool:

@@ -139,7 +139,7 @@ def _layer_timing(
     times = layer_times(layer, option, setting)
     unsure = unfused_us(layer, option, setting)
     total = times.total + (0.0 if gathers_fp8(option, parallel) else saving)
-    own = [p for p in layer.parameters if p.shared_with is None]
+    own = layer.own_parameters
     share = parameter_share(layer, parallel) / parallel.fsdp
     size, trained = element_bytes(option), _numel(p for p in own if p.is_trainable)
     states = 4 * setting.state_ratio + (MASTER_BYTES if size == 2 else 0)

@@ -25,7 +25,6 @@ from autoprec.predict.family import (
     depth_weights,
     find_places,
     lack_grad_weight,
-    own_weights,
     role_in_block,
 )
 from autoprec.records.model import FP32, Basis, LayerKind, LayerSpec, ModelSpec, Option
@@ -82,8 +81,8 @@ def _check_tokens(small: Sensitivity, spec: ModelSpec, places: Mapping[str, Plac
     options = grouped((row.name, row.option) for row in small.rows)
     able = [x for x in spec.layers if x.name in places and any(o.is_fp8 for o in x.options)]
     theirs = [[o for name in places[x.name].peers for o in options[name]] for x in able]
-    lost = sum(own_weights(x) for x, o in zip(able, theirs, strict=True) if lack_grad_weight(x, o))
-    total = sum(map(own_weights, able))
+    lost = sum(x.numel for x, o in zip(able, theirs, strict=True) if lack_grad_weight(x, o))
+    total = sum(layer.numel for layer in able)
     if lost > total / 2:
         raise RecordError(
             "a sensitivity of another model must be of FP8 as this one runs it, but of "

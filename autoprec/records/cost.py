@@ -268,13 +268,7 @@ class Profile(FileRecord):
     def left_out(self) -> float:
         """The share of the weights that is in `unknown_times`."""
         unknown, model = self.unknown_times, self.model
-        held = sum(
-            parameter.numel
-            for layer in model.layers
-            if layer.name in unknown
-            for parameter in layer.parameters
-            if parameter.shared_with is None
-        )
+        held = sum(layer.numel for layer in model.layers if layer.name in unknown)
         held += sum(p.numel for p in model.uncovered if p.name in unknown)
         return held / max(model.numel, 1)
 

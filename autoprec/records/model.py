@@ -257,6 +257,16 @@ class LayerSpec(Record):
         return self.type_name == "torch.nn.modules.linear.Linear"
 
     @property
+    def own_parameters(self) -> tuple[ParameterSpec, ...]:
+        """Its parameters but those that an earlier layer has too."""
+        return tuple(p for p in self.parameters if p.shared_with is None)
+
+    @property
+    def numel(self) -> int:
+        """The number of elements of its own parameters."""
+        return sum(parameter.numel for parameter in self.own_parameters)
+
+    @property
     def calls_per_step(self) -> int:
         """How often the layer runs in one step with a gradient."""
         return sum(call.count for call in self.calls)
@@ -419,5 +429,5 @@ class ModelSpec(FileRecord):
     def parameters(self) -> Iterator[ParameterSpec]:
         """Yield every parameter once, covered or not; tied ones once."""
         for layer in self.layers:
-            yield from (p for p in layer.parameters if p.shared_with is None)
+            yield from layer.own_parameters
         yield from self.uncovered

@@ -11,7 +11,6 @@ from autoprec.common.text import compared, first_and_more, percent, significant
 from autoprec.model.options import FP8_MULTIPLE
 from autoprec.model.roles import Role, role_of
 from autoprec.predict import Parallel, parse_parallel
-from autoprec.predict.family import own_weights
 from autoprec.predict.memory import memory_note
 from autoprec.predict.parallel import unsplit_note
 from autoprec.predict.transfer import sensitivity_basis
@@ -379,7 +378,7 @@ def _no_option_note(profile: Profile, costs: Costs) -> str:
     kinds: Counter[str] = Counter()
     is_able = any(option.is_fp8 for layer in model.layers for option in layer.options)
     for layer, prices, missing in zip(model.layers, costs.prices, costs.missing, strict=True):
-        numel = own_weights(layer)  # with its biases, as times leave it out
+        numel = layer.numel  # with its biases, as times leave it out
         if fp8 := [option for option in layer.options if option.is_fp8]:
             if prices.keys().isdisjoint(fp8) and UNMEASURED in map(missing.get, fp8):
                 kinds[UNMEASURED] += numel
@@ -405,7 +404,7 @@ def _tokens_note(profile: Profile) -> str:
     """
     model, M = profile.model, profile.model.tokens_per_step
     layers = [layer for layer in model.layers if layer.gemm and layer.gemm.M == M]
-    found = [own_weights(x) for x in layers if any(option.is_fp8 for option in x.options)]
+    found = [x.numel for x in layers if any(option.is_fp8 for option in x.options)]
     is_uneven = M % FP8_MULTIPLE and len(model.mix) < 2
     if not is_uneven or sum(found) < NOTABLE * model.numel:
         return ""

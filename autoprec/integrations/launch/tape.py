@@ -137,8 +137,7 @@ class Tape:
         self.calls += 1
         for parameter in model.parameters():
             if id(parameter) not in self._known:
-                self._name(parameter, self.graph.placeholder("parameter"))
-                self._known[id(parameter)].node.meta["parameter"] = parameter
+                self._add_parameter(parameter)
         call = self.graph.call_module(str(number), tuple(nodes))
         for index, tensor in enumerate(tensors_in(output)):
             self._name(tensor, self.graph.call_function(_nth, (call, index)))
@@ -247,6 +246,12 @@ class Tape:
     def _name(self, tensor: Tensor, node: fx.Node) -> None:
         self._known[id(tensor)] = Known(tensor, node, tensor._version, tensor.requires_grad)
 
+    def _add_parameter(self, parameter: nn.Parameter) -> fx.Node:
+        node = self.graph.placeholder("parameter")
+        node.meta["parameter"] = parameter
+        self._name(parameter, node)
+        return node
+
     def _node(self, value: Value, *, is_input: bool = False) -> Value:
         """Return the node that stands for an argument, or the argument if it is no tensor."""
         if isinstance(value, torch.device):
@@ -260,13 +265,8 @@ class Tape:
             is_written = "constant" in known.node.meta and value._version != known.version
             if not is_written and (known.requires_grad or not value.requires_grad):
                 return known.node
-        if value.requires_grad and isinstance(
-            value, nn.Parameter
-        ):  # whose model may be seen later, as PPO's log_std
-            node = self.graph.placeholder("parameter")
-            node.meta["parameter"] = value
-            self._name(value, node)
-            return node
+        if value.requires_grad and isinstance(value, nn.Parameter):
+            return self._add_parameter(value)  # whose model may be seen later: PPO's log_std
         if value.requires_grad and not is_input:  # of weights, and no call that was seen made it
             node = self.graph.placeholder("unseen")
             node.meta["unseen"] = self.describe(value)
