@@ -220,6 +220,55 @@ for _ in range(99):
     assert added == 2 * averaged
 
 
+STATE = """
+import pathlib
+import torch
+from torch import nn
+import torch.nn.functional as F
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell, self.head = nn.GRUCell(16, 16), nn.Linear(16, 4)
+        self.hidden, self.sharpness = None, 1.0
+
+    def forward(self, x):
+        for step in x:
+            self.hidden = self.cell(step, self.hidden)
+        return self.head(self.hidden) * self.sharpness
+
+torch.manual_seed(0)
+model, generator, losses = Net(), torch.Generator().manual_seed(1), []
+optimizer = torch.optim.SGD(model.parameters(), lr=1e-12)
+for step in range(99):
+    x = torch.randn(3, 8, 16, generator=generator)
+    with torch.no_grad():
+        model(x)  # leaves a state behind
+    model.hidden, model.sharpness = RESET, 1 + step
+    loss = F.cross_entropy(model(x), torch.arange(8) % 4)
+    losses.append(loss.item())
+    pathlib.Path(__file__).with_name("losses.txt").write_text(repr(losses))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+"""
+
+
+@pytest.mark.parametrize("reset", ["None", "model.hidden.detach()"])
+def test_what_a_script_sets_on_its_model_before_a_call_is_an_input_of_it(
+    reset: str, tmp_path: Path
+) -> None:
+    """A hidden state that is reset for each batch (spikingjelly's too), and a schedule's value."""
+    workload = record(tmp_path, STATE.replace("RESET", reset))
+    wanted = json.loads((tmp_path / "losses.txt").read_text())
+    model = workload.build_model()
+    found = [float(workload.loss_fn(model, batch).detach()) for batch in recorded(workload)]
+    assert sorted(found) == pytest.approx(sorted(wanted), rel=1e-5)
+    training = Training(workload, model, workload.build_optimizer(model))
+    for batch in recorded(workload):  # no graph of the batch before is in the way
+        training.step([batch])
+
+
 def test_a_penalty_on_the_slope_at_the_inputs_is_repeated(tmp_path: Path) -> None:
     penalty = """
     x.requires_grad_()

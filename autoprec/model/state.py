@@ -62,6 +62,17 @@ Signatures = dict[str, list[_Seen]]
 
 def signatures(model: nn.Module) -> Signatures:
     """Return by name what tells that a plain attribute or an untrained weight was written."""
+    found = attribute_signatures(model)
+    for name, parameter in model.named_parameters():
+        data = local_part(parameter.detach())
+        if not parameter.requires_grad and data.dtype is torch.float32:
+            bits = data.contiguous().view(torch.int32)  # by value: nothing counts p.data's writes
+            found[name] = [_Seen(int(bits.sum(dtype=torch.int64)))]
+    return found
+
+
+def attribute_signatures(model: nn.Module) -> Signatures:
+    """Return by name what tells that a plain attribute was written."""
     found: Signatures = {}
     for path, module in model.named_modules():
         for own, value in vars(module).items():
@@ -69,11 +80,6 @@ def signatures(model: nn.Module) -> Signatures:
             leaves = [] if own in TORCHS else tree_leaves(value if drawn is None else drawn)
             if all(type(leaf) in PLAIN for leaf in leaves):
                 found[f"{path}.{own}".lstrip(".")] = [_Seen(leaf) for leaf in leaves]
-    for name, parameter in model.named_parameters():
-        data = local_part(parameter.detach())
-        if not parameter.requires_grad and data.dtype is torch.float32:
-            bits = data.contiguous().view(torch.int32)  # by value: nothing counts p.data's writes
-            found[name] = [_Seen(int(bits.sum(dtype=torch.int64)))]
     return found
 
 

@@ -35,7 +35,7 @@ from autoprec.common.files import text_digest
 from autoprec.common.text import short_digest
 from autoprec.device.random_state import random_state_kept
 from autoprec.errors import WorkloadError
-from autoprec.integrations.launch.calls import FirstCall, RecordedBatch
+from autoprec.integrations.launch.calls import FirstCall, RecordedBatch, begun_like
 from autoprec.integrations.launch.optimizers import (
     SeenOptimizer,
     copy_optimizer,
@@ -83,6 +83,7 @@ def record_workload(script: Script, *, steps: int) -> Workload:
     stopped = "%s was stopped after %d training steps; what it wrote until then is its own"
     logger.warning(stopped, script.name, recorder.steps)
     batches, optimizers = recorder.recorded(), [*recorder.optimizers.values()]
+    begun_like(first.model, batches)
     now = dict(recorder.model.named_parameters())
     pairs = {n: (p, now[n]) for n, p in first.model.named_parameters() if n in now}
     followers, thawed = _followers(recorder, pairs), _thawed(optimizers, pairs)
@@ -219,12 +220,14 @@ def recorded_loss(
     """
 
     def call(number: int, *made: Tensor) -> Any:  # Any: whatever it returns
-        path, args, kwargs, writes_inputs = batch.calls[number]
-        if writes_inputs:
-            args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
-        args, kwargs = tree_map_only(FromTape, lambda each: made[each.index], (args, kwargs))
+        recorded = batch.calls[number]
+        inputs = recorded.args, recorded.kwargs
+        if recorded.writes_inputs:
+            inputs = tree_map_only(Tensor, Tensor.clone, inputs)
+        args, kwargs = tree_map_only(FromTape, lambda each: made[each.index], inputs)
+        part = recorded.begin(model)
         before(number)
-        return model.get_submodule(path)(*args, **kwargs)
+        return part(*args, **kwargs)
 
     return replay(batch.graph, model, call, batch.constants)
 

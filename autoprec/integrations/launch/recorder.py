@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
@@ -36,7 +36,7 @@ from autoprec.integrations.launch.alive import (
     join,
     smallest_with,
 )
-from autoprec.integrations.launch.calls import FirstCall, RecordedBatch, RecordedCall, SeenCall
+from autoprec.integrations.launch.calls import Attributes, FirstCall, RecordedBatch, SeenCall
 from autoprec.integrations.launch.optimizers import SeenOptimizer
 from autoprec.integrations.launch.patches import Function, patched
 from autoprec.integrations.launch.script import StopScript
@@ -87,6 +87,7 @@ class Recorder:
         self._stepping: Optimizer | None = None
         self._depth = 0  # above 0: inside of the model's forward, or of backward
         self._mode, self._thread = Taping(), threading.get_ident()
+        self._attributes = Attributes()
 
     @contextmanager
     def following(self) -> Iterator[None]:
@@ -145,23 +146,26 @@ class Recorder:
         inputs = tensors_in((args, kwargs))
         versions = [tensor._version for tensor in inputs]
         tape = self._mode.tape = self._mode.tape or Tape(next(model.parameters()).device)
-        try:
-            (before, named), nodes = tape.take((args, kwargs))
-        except REFUSALS as error:
-            reason = error_line(error)
-            self.refuse(f"a batch must be one that can be copied, but copying it fails: {reason}")
+        (before, named), nodes = self._take(tape, (args, kwargs))
         if all(node.op == "placeholder" for node in nodes):
             with self._inside():
                 self._begin_calls(tape.calls, is_compiled(module))
         gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        state = torch.get_rng_state()
-        with self._inside():
+        drawn, whole = torch.get_rng_state(), self.model or model
+        with self._inside(), self._attributes.around(whole) as state:
             output = call(module, *args, **kwargs)
         writes_inputs = versions != [tensor._version for tensor in inputs]
         # from here on, what happens to the output is on the tape
-        number = tape.add(nodes, output, self.model or model, part=model)
-        self._calls[number] = SeenCall(model, before, named, writes_inputs, state, gpus)
+        number = tape.add(nodes, output, whole, part=model)
+        self._calls[number] = SeenCall(model, before, named, writes_inputs, drawn, gpus, state)
         return output
+
+    def _take(self, tape: Tape, inputs: Any) -> tuple[Any, list[fx.Node]]:
+        try:
+            return tape.take(inputs)
+        except REFUSALS as error:
+            reason = error_line(error)
+            self.refuse(f"a batch must be one that can be copied, but copying it fails: {reason}")
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
@@ -438,10 +442,7 @@ class Recorder:
         path = {id(part): name for name, part in model.named_modules()}
         return [
             RecordedBatch(
-                {
-                    number: RecordedCall(path[id(call.part)], *call[1:4])
-                    for number, call in calls.items()
-                },
+                {number: call.kept(path) for number, call in calls.items()},
                 tape.constants,
                 tape.named_graph(model),
             )
