@@ -11,7 +11,7 @@ from autoprec.device.torchao import float8_config, import_torchao
 from autoprec.records import Operand, Option, Recipe, fp8_option, with_gemms_hp
 from autoprec.sensitivity import gemm
 from autoprec.sensitivity.casts import fp8_to_float
-from autoprec.sensitivity.emulation import emulated_layer
+from autoprec.sensitivity.emulation import Repair, emulated_layer
 from autoprec.sensitivity.gemm import casts_in_parts, fast_gemms
 from tests.peaks import tracked_peak
 
@@ -52,7 +52,7 @@ def run_emulated(
     x, weight, bias, grad = (t.float() for t in operands())
     linear = nn.Linear(K, N)
     linear.weight, linear.bias = nn.Parameter(weight), nn.Parameter(bias)
-    with emulated_layer(linear, option, in_range=in_range, chunk=7 * (K + N)):
+    with emulated_layer(linear, option, Repair(in_range), chunk=7 * (K + N)):
         y = linear(x.requires_grad_())
     torch.autograd.backward(y, grad)
     assert x.grad is not None
@@ -63,7 +63,7 @@ def run_emulated(
 
 def test_what_an_emulated_linear_gives_may_be_changed_in_place() -> None:
     linear = nn.Linear(K, N)
-    with emulated_layer(linear, fp8_option(Recipe.TENSORWISE), chunk=7 * (K + N)):
+    with emulated_layer(linear, fp8_option(Recipe.TENSORWISE), Repair(), chunk=7 * (K + N)):
         for shape in ((M, K), (2, M, K)):
             torch.autograd.backward(F.relu(linear(torch.randn(shape)), inplace=True).sum())
 

@@ -7,8 +7,7 @@ the order of sums.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,34 +18,38 @@ from autoprec.sensitivity.casts import Cast, Sides, gemm_casts, round_bf16
 from autoprec.sensitivity.linear import Matrix
 
 
-@dataclass(frozen=True)
-class Emulation:
+class Repair(NamedTuple):
+    """What is mended in a layer's FP8, if anything.
+
+    `operand` loses digits as in FP8, and no range; without its mean the input is cast less that of
+    its rows, and what the mean does to the results is added in FP32:
+
+        x w' = (x - m) w' + m w'        g' x = g' (x - m) + (sum of g's rows)' m
+    """
+
+    operand: Operand | None = None
+    is_mean: bool = False
+
+    def __str__(self) -> str:
+        if self.is_mean:
+            return "FP8 without the input's mean"
+        return f"FP8 with any range of {self.operand}" if self.operand else "FP8"
+
+
+class Emulation(NamedTuple):
     """What a linear runs in: casts per GEMM, and how."""
 
     casts: dict[Gemm, Sides]
-    in_range: Operand | None
-    without_mean: bool
+    repair: Repair
     chunk: int  # elements of rows that are cast and multiplied at a time
 
 
 @contextmanager
 def emulated_layer(
-    layer: nn.Module,
-    option: Option,
-    *,
-    in_range: Operand | None = None,
-    without_mean: bool = False,
-    chunk: int,
+    layer: nn.Module, option: Option, repair: Repair, *, chunk: int
 ) -> Iterator[None]:
-    """Run a linear with an FP8 option's casts and FP32 matmuls inside, `chunk` elements at a time.
-
-    `in_range` is an operand that loses digits as in FP8, and no range; `without_mean` takes the
-    mean over rows out of the input before it is cast, and adds what it does to the results in FP32:
-
-        x w' = (x - m) w' + m w'        g' x = g' (x - m) + (sum of g's rows)' m
-    """
-    how = Emulation(gemm_casts(option), in_range, without_mean, chunk)
-
+    """Run a linear with an FP8 option's casts and FP32 matmuls inside, some elements at a time."""
+    how = Emulation(gemm_casts(option), repair, chunk)
     turned = is_transposed(layer)  # asked before the layer has another forward
 
     def forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
@@ -69,7 +72,7 @@ class _Rows(Matrix):
         if sides is None:
             return round_bf16(self.exact[rows])
         operand, cast = sides[side]
-        if operand is how.in_range:
+        if operand is how.repair.operand:
             # on the very grid of the cast: what it holds well is rounded as it would be
             scale = self.scale(cast, rows)
             return _rounded(round_bf16(self.exact[rows]) * scale, cast).div_(scale)
@@ -83,8 +86,8 @@ class _EmulatedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, how: Emulation) -> Tensor:
         # Any: autograd's context is untyped
         x_MK = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
-        mean_K = x_MK.mean(0, dtype=torch.float32) * how.without_mean
-        if how.without_mean:
+        mean_K = x_MK.mean(0, dtype=torch.float32) * how.repair.is_mean
+        if how.repair.is_mean:
             x_MK = torch.sub(x_MK, mean_K, out=torch.empty_like(x_MK))
         ctx.save_for_backward(x_MK, weight, mean_K)
         ctx.shape, ctx.how, ctx.has_bias = x.shape, how, bias is not None

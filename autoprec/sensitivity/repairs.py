@@ -13,9 +13,7 @@ takes away 81 % of an error that outliers have no part in, and 15 % of what an o
 
 import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from functools import partial
-from typing import NamedTuple
 
 from autoprec.device.memory import is_out_of_memory
 from autoprec.device.ranks import world_size
@@ -24,7 +22,7 @@ from autoprec.model.layers import layer_named
 from autoprec.model.memory import chunk_elements
 from autoprec.records import LayerSensitivity, Operand, OperandStatistics
 from autoprec.sensitivity.causes import suspects
-from autoprec.sensitivity.emulation import emulated_layer
+from autoprec.sensitivity.emulation import Repair, emulated_layer
 from autoprec.sensitivity.reference import Reference
 
 log = logging.getLogger(__name__)
@@ -32,18 +30,6 @@ log = logging.getLogger(__name__)
 LARGE = 2.5e-3  # of error: a quarter of a usual budget, from which a layer's reason names causes
 MOST_LAYERS = 4  # with the largest errors; a pass each and one for every suspect, one to four
 BATCHES = 1  # two gave the shares of operands that were at fault to 0.02, in kinked networks too
-
-
-class Repair(NamedTuple):
-    """What is mended in a layer's FP8, if anything."""
-
-    operand: Operand | None = None  # it has any range
-    is_mean: bool = False  # the mean of its input is taken out
-
-    def __str__(self) -> str:
-        if self.is_mean:
-            return "FP8 without the input's mean"
-        return f"FP8 with any range of {self.operand}" if self.operand else "FP8"
 
 
 def with_shares(
@@ -61,8 +47,11 @@ def with_shares(
     large = [row for row in first.values() if row.grad_error.mean >= LARGE]
     large.sort(key=lambda row: -row.grad_error.mean)
     suspected = [(row, found) for row in large if (found := _repairs(row, statistics))]
+    chunk = chunk_elements(reference.spec)
     settings = {
-        (row.name, repair): partial(_repaired, reference, row, repair)
+        (row.name, repair): partial(
+            emulated_layer, layer_named(reference.model, row.name), row.option, repair, chunk=chunk
+        )
         for row, found in suspected[:MOST_LAYERS]
         for repair in (Repair(), *found)
     }
@@ -95,17 +84,3 @@ def _repairs(row: LayerSensitivity, statistics: Sequence[OperandStatistics]) -> 
         for suspect in suspects(own, str(row.option.recipe))
     ]
     return list(dict.fromkeys(found))
-
-
-def _repaired(
-    reference: Reference, row: LayerSensitivity, repair: Repair
-) -> AbstractContextManager[None]:
-    """Run one layer in emulated FP8 inside, with an operand repaired."""
-    layer = layer_named(reference.model, row.name)
-    return emulated_layer(
-        layer,
-        row.option,
-        in_range=repair.operand,
-        without_mean=repair.is_mean,
-        chunk=chunk_elements(reference.spec),
-    )
