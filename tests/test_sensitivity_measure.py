@@ -308,7 +308,7 @@ def test_an_offset_is_told_from_spread_and_put_into_words(offset: float) -> None
     found = measure_sensitivity(warmed_up(workload, captured(workload)))
     (row,) = (r for r in found.statistics if (r.name, r.operand) == ("first", Operand.INPUT))
     assert row.mean_over_std == pytest.approx(offset, rel=0.1, abs=0.2)  # inputs are N(0, 1)
-    text = explain_statistics([row])
+    text = explain_statistics([row], recipe="")  # none, of which a repair was measured
     assert ("input: mean" in text) == (offset > 1.0)
 
 
@@ -322,7 +322,7 @@ def test_underflow_is_put_into_words() -> None:
     workload = changed(plain, loss_fn=loss_fn)
     found = measure_sensitivity(warmed_up(workload, captured(workload)))
     rows = [row for row in found.statistics if row.name == "first"]
-    text = explain_statistics(rows)
+    text = explain_statistics(rows, recipe="rowwise")
     assert "grad_output" in text
     assert "underflow under rowwise; rowwise_with_gw_hp" in text
 

@@ -153,7 +153,7 @@ def _cause(why: Why, index: int, option: Option) -> str:
     name = why.costs.layers[index].name
     rows = [row for row in why.sensitivity.statistics if row.name == name]
     if option.is_fp8:
-        causes = [explain_statistics(rows, recipe=option.recipe)]
+        causes = [explain_statistics(rows, recipe=str(option.recipe))]
     else:
         causes = [offset_of(row, least=FAR) for row in rows]
     return "".join(f"; {cause}" for cause in causes if cause)

@@ -11,7 +11,7 @@ from autoprec.common.text import percent, significant
 from autoprec.records import Operand, OperandStatistics
 
 NOTABLE = 0.01  # a fraction of underflow below this is not worth a word
-OTHER_SHARE = 0.5  # another recipe is named when it has at most this part of the worst one's
+OTHER_SHARE = 0.5  # another recipe is named when it has at most this part of it
 OFFSET = 1.0  # |mean| / std from which an operand's own size is what is rounded, not its spread
 FAR = 4.0  # the same where no repair was measured: 94 % of what is rounded is the mean's
 MOST_OUTLIERS = 0.05  # more channels than this part are no outliers but the distribution
@@ -28,24 +28,24 @@ class Suspect(NamedTuple):
     share: float | None  # of the error that its repair takes away, where it was measured
 
 
-def suspects(row: OperandStatistics, recipe: str | None) -> Iterator[Suspect]:
-    """Yield what stands out in an operand under a recipe, or under the worst one of it."""
-    lines = [text for text in (_worst_loss(row, recipe), _outliers(row)) if text]
+def suspects(row: OperandStatistics, recipe: str) -> Iterator[Suspect]:
+    """Yield what stands out in an operand under a recipe."""
+    lines = [text for text in (_loss(row, recipe), _outliers(row)) if text]
     if lines:
-        yield Suspect("; ".join(lines), False, row.range_share.get(recipe or ""))
+        yield Suspect("; ".join(lines), False, row.range_share.get(recipe))
     if offset := offset_of(row):
         is_input = row.operand is Operand.INPUT
         shares = row.mean_share if is_input else row.range_share
-        yield Suspect(offset, is_input, shares.get(recipe or ""))
+        yield Suspect(offset, is_input, shares.get(recipe))
 
 
-def explain_statistics(rows: Sequence[OperandStatistics], *, recipe: str | None = None) -> str:
+def explain_statistics(rows: Sequence[OperandStatistics], *, recipe: str) -> str:
     """Return what causes one layer's error; where that was not measured, all that stands out.
 
     For example `grad_output: 31 % underflow under tensorwise; rowwise 0.4 % (98 % of the error)`;
-    "" when nothing stands out. With a recipe losses are its own, else those of the worst one.
+    "" when nothing stands out.
     """
-    by_worst = sorted(rows, key=lambda row: -max(_lost(row, recipe).values(), default=0.0))
+    by_worst = sorted(rows, key=lambda row: -row.underflow.get(recipe, 0.0))
     found = [suspect for row in by_worst for suspect in suspects(row, recipe)]
     best = max((one.share for one in found if one.share is not None), default=None)
     if best is None:
@@ -60,18 +60,13 @@ def explain_statistics(rows: Sequence[OperandStatistics], *, recipe: str | None 
     )
 
 
-def _lost(row: OperandStatistics, recipe: str | None) -> dict[str, float]:
-    return {name: share for name, share in row.underflow.items() if recipe in (None, name)}
-
-
-def _worst_loss(row: OperandStatistics, recipe: str | None) -> str:
-    lost, named = row.underflow, _lost(row, recipe)
-    if max(named.values(), default=0.0) < NOTABLE:
+def _loss(row: OperandStatistics, recipe: str) -> str:
+    lost = row.underflow
+    if lost.get(recipe, 0.0) < NOTABLE:
         return ""
-    worst = max(named, key=lambda name: named[name])
     best = min(lost, key=lambda name: lost[name])
-    text = f"{row.operand.value}: {percent(lost[worst])} underflow under {worst}"
-    better = lost[best] <= OTHER_SHARE * lost[worst]
+    text = f"{row.operand.value}: {percent(lost[recipe])} underflow under {recipe}"
+    better = lost[best] <= OTHER_SHARE * lost[recipe]
     return f"{text}; {best} {percent(lost[best])}" if better else text
 
 
