@@ -65,10 +65,8 @@ def output_tensors(output: Any) -> list[Tensor]:  # Any: whatever a layer gives
     return [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
 
 
-def nodes_behind(
-    tensors: Iterable[Tensor | Node], is_end: Callable[[Node], bool] = lambda _: False
-) -> Iterator[Node]:
-    """Yield the nodes of autograd's graph behind some tensors, each once, and none behind ends.
+def nodes_behind(tensors: Iterable[Tensor | Node]) -> Iterator[Node]:
+    """Yield the nodes of autograd's graph behind some tensors, each once.
 
     A node is taken for the tensor that it made.
     """
@@ -78,10 +76,9 @@ def nodes_behind(
     while waiting:
         node = waiting.pop()
         yield node
-        if not is_end(node):
-            new = {behind for behind, _ in node.next_functions if behind is not None} - seen
-            seen |= new
-            waiting += new
+        new = {behind for behind, _ in node.next_functions if behind is not None} - seen
+        seen |= new
+        waiting += new
 
 
 @contextmanager
