@@ -34,11 +34,6 @@ def can_hold(optimizer: Optimizer) -> bool:
     return bool(is_fused and takes_it and type(optimizer).step.__module__.startswith("torch.optim"))
 
 
-def holds_steps(optimizer: Optimizer) -> bool:
-    """Whether the optimizer leaves bad steps out by itself, fused for that if it may be."""
-    return can_hold(optimizer) or take_fused(optimizer)
-
-
 def take_fused(optimizer: Optimizer) -> bool:
     """Let torch's fused kernels step where the user left the choice to torch; whether they do.
 

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from autoprec.common.text import first_and_more
 from autoprec.errors import PlanMismatchError, RecordError, TrainingStoppedError
-from autoprec.guard.holding import HeldSteps, holds_steps, runs_behind, say_why_it_waits
+from autoprec.guard.holding import HeldSteps, can_hold, runs_behind, say_why_it_waits, take_fused
 from autoprec.guard.layers import fp8_layers, trained_parameters
 from autoprec.guard.records import (
     Action,
@@ -176,7 +176,8 @@ class Guard(AbstractContextManager["Guard"]):
     def _choose_who_waits(self) -> None:
         """Let the device leave bad steps out if it can; asked anew since checkpoints change it."""
         is_behind = runs_behind(self._parameters[0].device)
-        holds = is_behind and self.on_alarm is not Action.SWITCH and holds_steps(self.optimizer)
+        holds = is_behind and self.on_alarm is not Action.SWITCH
+        holds = holds and (can_hold(self.optimizer) or take_fused(self.optimizer))
         if self._held is not None and not holds:
             self._held.close()
         if holds != (self._held is not None):

@@ -182,10 +182,6 @@ class CallSpec(Record):
     count: PositiveInt
 
 
-def _without_grad(tensor: TensorSpec) -> TensorSpec:
-    return tensor.model_copy(update={"requires_grad": False})
-
-
 def floating_elements(calls: Iterable[CallSpec]) -> int:
     """Return the elements of the floating inputs of calls."""
     return sum(
@@ -274,9 +270,10 @@ class LayerSpec(Record):
     @property
     def forward_only(self) -> "LayerSpec":
         """The layer as a frozen one of its calls without a gradient."""
+        no_grad = {"requires_grad": False}
         calls = tuple(
-            CallSpec(inputs=tuple(_without_grad(x) for x in call.inputs), count=call.count)
-            for call in self.forward_calls
+            CallSpec(inputs=tuple(x.model_copy(update=no_grad) for x in c.inputs), count=c.count)
+            for c in self.forward_calls
         )
         gemm, shapes = self.gemm, [p.shape for p in self.parameters if len(p.shape) == 2]
         if self.kind is LayerKind.LINEAR and gemm is None and shapes:

@@ -226,7 +226,11 @@ class Masters:
         if len(self._lost) == CLOSE_LOOKS - 1:  # once, of as many steps in turn
             lost, self._lost = self._lost, []
             if all(each and all(all(look.read()) for look in each) for each in lost):
-                _warn_of_lost_writes()
+                logger.warning(
+                    "parameters are written in place after each step and no bit of them changes: "
+                    "what is smaller than BF16 resolves (weight decay by hand, noise) is lost; "
+                    "leave it to the optimizer, or keep their layers in fp32"
+                )
         if not all(all(look.read()) for look in looks) and not self.is_watching:
             self._warn_of_writes()
 
@@ -328,14 +332,6 @@ def _warn_of_fp32() -> None:
         "parameters that the plan stores as BF16 were given FP32 data (an average's for an "
         "evaluation, model.float()): forward runs in the plan's precisions all the same, until "
         "autoprec.undo(model, optimizer)"
-    )
-
-
-def _warn_of_lost_writes() -> None:
-    logger.warning(
-        "parameters are written in place after each step and no bit of them changes: what is "
-        "smaller than BF16 resolves (weight decay by hand, noise) is lost; leave it to the "
-        "optimizer, or keep their layers in fp32"
     )
 
 

@@ -48,8 +48,8 @@ def run_with_plan(
         AutoprecError: there is no such script, or the plan could not be applied when it should.
     """
     guard = bool(plan.schedule) if guard is None else guard
-    spawned = Spawned(plan, guard, tell)
-    watch = Watch(plan, guard=guard, tell=tell)
+    make_watch = partial(Watch, plan, guard=guard, tell=tell)
+    spawned, watch = Spawned(make_watch), make_watch()
     with patched_spawn(spawned.around):
         status = watch.follow(run_script, script)
     was_applied = bool(watch.applied) or spawned.was_applied()
@@ -59,8 +59,8 @@ def run_with_plan(
 class Spawned:
     """What a script spawns, with the plan; each process tells here what became of it."""
 
-    def __init__(self, plan: Plan, guard: bool, tell: Callable[[str], None]) -> None:
-        self._how: tuple[Any, ...] = (plan, guard, tell)
+    def __init__(self, make_watch: Callable[[], Watch]) -> None:
+        self._make_watch = make_watch
         self._told: SimpleQueue[bool | AutoprecError] | None = None  # it needs a process of its own
 
     def around(self, call: Function, /, fn: Function, *args: Any, **kwargs: Any) -> Any:
@@ -68,7 +68,7 @@ class Spawned:
         # of the context whose locks every kind of process can have
         self._told = self._told or multiprocessing.get_context("spawn").SimpleQueue()
         try:
-            return call(partial(_train, self._told, *self._how, fn), *args, **kwargs)
+            return call(partial(_train, self._told, self._make_watch, fn), *args, **kwargs)
         except ProcessRaisedException:
             self.was_applied()
             raise
@@ -86,15 +86,13 @@ class Spawned:
 
 def _train(
     told: "SimpleQueue[bool | AutoprecError]",
-    plan: Plan,
-    guard: bool,
-    tell: Callable[[str], None],
+    make_watch: Callable[[], Watch],
     function: Function,
     rank: int,
     *args: Any,
 ) -> None:
     """Be a process of the script."""
-    watch = Watch(plan, guard=guard, tell=tell)
+    watch = make_watch()
     try:
         watch.follow(function, rank, *args)
     except AutoprecError as error:
