@@ -59,7 +59,7 @@ from autoprec.model.shapes import (
     recorded_shapes,
     scan_shapes,
 )
-from autoprec.model.state import find_moving, note_stepped, signatures
+from autoprec.model.state import changed_since, find_moving, signatures
 from autoprec.records.devices import DeviceProfile
 from autoprec.records.model import (
     AsWritten,
@@ -122,7 +122,8 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
     seed_generators(seed)
     before = signatures(model)
     Training(workload, model, seen.optimizer).step([batches[0]])
-    note_stepped(workload, model, before)
+    untrained = {name for name, p in model.named_parameters() if not p.requires_grad}
+    workload.written.moving |= untrained & changed_since(before, model)  # an average of others
     context.progress("capture", 3, 3)
     return make_spec(
         seen,

@@ -182,7 +182,7 @@ def _check_same_model(before: dict[str, list[int]], after: dict[str, list[int]])
         raise WorkloadError(
             "parallelize(model, mesh) must return the model that it was given, but "
             f"{len(differ)} parameters differ, among them {name!r} "
-            f"({_shape_text(before, differ[0])} before, {_shape_text(after, differ[0])} after); "
+            f"({before.get(differ[0], 'absent')} before, {after.get(differ[0], 'absent')} after); "
             f"{way}"
         )
 
@@ -223,10 +223,6 @@ def _covers(parameter: nn.Parameter, peers: Sequence[int]) -> bool:
 def _shapes(model: nn.Module) -> dict[str, list[int]]:
     """Return the global shape of every parameter, by its name without wrappers' parts."""
     return {plain_name(name): list(p.shape) for name, p in model.named_parameters()}
-
-
-def _shape_text(shapes: dict[str, list[int]], name: str) -> str:
-    return str(shapes[name]) if name in shapes else "absent"
 
 
 def _sums(model: nn.Module) -> Iterator[list[Any]]:  # Any: names, shapes and sums

@@ -116,12 +116,6 @@ def find_moving(workload: Workload, model: nn.Module, batch: Batch, before: Sign
     return True
 
 
-def note_stepped(workload: Workload, model: nn.Module, before: Signatures) -> None:
-    """Note on the workload the untrained weights that its optimizer's step writes: an average."""
-    own = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    workload.written.moving |= own & changed_since(before, model)
-
-
 def kept_state(model: nn.Module) -> State:
     """Return copies of a model's buffers, and of what is noted on it, by name."""
     kept: State = dict(model.named_buffers())

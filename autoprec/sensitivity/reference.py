@@ -146,7 +146,7 @@ class Reference:
         index: int,
         *,
         keep: Collection[Tensor] | None = None,
-        see: Callable[[Tensor], None] | None = None,
+        see: Callable[[Tensor], None] = lambda _: None,
         begin_backward: Callable[[], None] = lambda: None,
         also: Sequence[tuple[GradientEdge, Tensor]] = (),
     ) -> Tensor:
@@ -162,9 +162,14 @@ class Reference:
         parameters = self.model.parameters() if keep is not None else ()
         kept = self.in_parts.union(keep or ())
         dropped = [p for p in parameters if p.requires_grad and p not in kept]
+
+        def drop(parameter: Tensor) -> None:
+            see(parameter)
+            parameter.grad = None
+
         self.put_back()
         with (
-            _hooked(dropped, partial(_drop, see)),
+            _hooked(dropped, drop),
             seeded(self.context.seed * 7919 + index),
             tf32_off(),
         ):
@@ -429,12 +434,6 @@ def _hooked(parameters: Sequence[Tensor], arrived: Callable[[Tensor], None]) -> 
         for p in parameters:
             stack.enter_context(p.register_post_accumulate_grad_hook(arrived))  # type: ignore[no-untyped-call]  # torch's own
         yield
-
-
-def _drop(see: Callable[[Tensor], None] | None, parameter: Tensor) -> None:
-    if see is not None:
-        see(parameter)
-    parameter.grad = None
 
 
 def gradient_of(parameter: Tensor) -> Tensor:

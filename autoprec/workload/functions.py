@@ -359,15 +359,11 @@ def _are_equal(one: Tensor, other: Tensor) -> bool:
     parts, others = list(plain_parts(one)), list(plain_parts(other))
     if (one.layout, one.shape, len(parts)) != (other.layout, other.shape, len(others)):
         return False
-    return all(map(_are_equal_parts, parts, others))
-
-
-def _are_equal_parts(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    if torch.equal(one, other):
-        return True
-    return bool(((one == other) | (one.isnan() & other.isnan())).all())
+    return all(
+        (x.shape, x.dtype) == (y.shape, y.dtype)
+        and torch.allclose(x, y, rtol=0.0, atol=0.0, equal_nan=True)
+        for x, y in zip(parts, others, strict=True)
+    )
 
 
 class NoGradientError(WorkloadError):
