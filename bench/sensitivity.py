@@ -38,7 +38,6 @@ from autoprec.records import (
     Sensitivity,
     fp8_option,
 )
-from autoprec.sensitivity.doubts import is_whole
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.local import list_cells
 from autoprec.sensitivity.measure import measure_sensitivity
@@ -168,7 +167,7 @@ def show_family(name: str, *, batches: int) -> None:
 
 def ratios_to(exact: Sensitivity, rows: Sequence[LayerSensitivity], *, is_fp8: bool) -> list[float]:
     """Return the ratio of each whole FP8 recipe's row, or of each BF16 row, to the exact one."""
-    wanted = [r for r in rows if is_whole(r.option) or not (is_fp8 or r.option.is_fp8)]
+    wanted = [r for r in rows if r.option.is_whole_fp8 or not (is_fp8 or r.option.is_fp8)]
     pairs = [(r, exact.row(r.name, r.option)) for r in wanted if r.option.is_fp8 == is_fp8]
     return [
         row.grad_error.mean / other.grad_error.mean

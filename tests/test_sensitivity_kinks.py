@@ -614,7 +614,7 @@ def test_recipes_that_cast_alike_forward_are_measured_once(monkeypatch: pytest.M
     assert len(casts) == 2 * len(reference.spec.layers)
     staying = {row.cell: row.staying for row in table.rows}
     for name, option in table.refined:
-        alike = [r for r in table.rows if r.name == name and doubts.is_whole(r.option)]
+        alike = [r for r in table.rows if r.name == name and r.option.is_whole_fp8]
         alike = [r for r in alike if doubts.forward_casts(r.option) == doubts.forward_casts(option)]
         assert staying[name, option] == min(row.staying for row in alike) > 0.0
 

@@ -163,7 +163,7 @@ def without_slow_gemms_hp(
 
 def _worthwhile(group: Sequence[LayerTiming]) -> Sequence[LayerTiming]:
     plain = next((row.total for row in group if row.option == BF16_O2), None)
-    if plain is None or not any(row.option.is_fp8 and not row.option.gemms_hp for row in group):
+    if plain is None or not any(row.option.is_whole_fp8 for row in group):
         return group
     return [
         row

@@ -30,7 +30,7 @@ Votes = Mapping[str, Mapping[Option, float]]  # of the proxy's layers, by name
 
 def carry_plan(plan: Plan, proxy: ModelSpec, sensitivity: Sensitivity) -> Plan:
     """Return the plan for a proxy, by its own sensitivity, that stands for a larger model's."""
-    between = plan.fp32_outputs or set(plan.options) == {FP32}
+    between = plan.fp32_outputs or plan.is_fp32
     table = _Table(proxy, sensitivity if between else sensitivity.without_fp32_between())
     votes = _votes(plan, proxy)
     chosen = {layer.name: _most_voted(layer, votes, table, plan) for layer in proxy.layers}

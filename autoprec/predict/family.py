@@ -144,7 +144,7 @@ def _check_takes_fp8(large: ModelSpec, small: ModelSpec, places: Mapping[str, Pl
     theirs = {layer.name: layer for layer in small.layers}
     total, lost, reasons = 0, 0, dict[str, dict[str, None]]()  # with the roles they are of
     for layer in large.layers:
-        if layer.name in places and any(option.is_fp8 for option in layer.options):
+        if layer.name in places and layer.takes_fp8:
             peers = [theirs[peer] for peer in places[layer.name].peers]
             total += layer.numel
             if why := _why_unmeasured(layer, peers):

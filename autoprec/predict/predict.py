@@ -120,7 +120,7 @@ def _obstacle(layer: LayerSpec) -> str:
     captured = layer.refusal(Precision.FP8_O1) or ""
     if layer.kind is not LayerKind.LINEAR or layer.gemm is None or not layer.calls:
         return captured or "FP8 is for nn.Linear layers that the step calls"
-    if not layer.is_torchs_linear and not any(option.is_fp8 for option in layer.options):
+    if not layer.is_torchs_linear and not layer.takes_fp8:
         return captured or f"{layer.type_name} is no plain nn.Linear"
     if captured in ON_ANY_DEVICE or captured.startswith(NO_PLAIN_WEIGHT):
         return captured
@@ -135,7 +135,7 @@ def _steps(
     steps: list[tuple[str, float, Option | None]]
     steps = [("fp32", fp32, FP32), ("bf16_o2", bf16, BF16_O2), ("autocast_bf16", autocast, FP32)]
     steps += _step_as_written(model, setting)
-    has_fp8 = any(option.is_fp8 for layer in model.layers for option in layer.options)
+    has_fp8 = any(layer.takes_fp8 for layer in model.layers)
     if has_fp8:
         steps.append(("fp8_o1", step_times(model, first_fp8, setting).total, BF16_O2))
     if has_fp8 and setting.compiled:  # beside them, how much of the gain is torch.compile's

@@ -55,7 +55,7 @@ def transfer_sensitivity(small: Sensitivity, spec: ModelSpec) -> Sensitivity:
         found = _transferred(layer, table, place) if place else []
         unmatched += [] if found else [layer.name]
         rows += found or [_unknown(layer.name, o) for o in layer.options if not o.is_fp8]
-    own_fp8 = any(option.is_fp8 for layer in spec.layers for option in layer.options)
+    own_fp8 = any(layer.takes_fp8 for layer in spec.layers)
     found_fp8 = any(row.option.is_fp8 for row in rows)
     if len(unmatched) == len(spec.layers) or (own_fp8 and not found_fp8):
         raise RecordError(_no_family(small, spec))
@@ -79,7 +79,7 @@ def transfer_sensitivity(small: Sensitivity, spec: ModelSpec) -> Sensitivity:
 def _check_tokens(small: Sensitivity, spec: ModelSpec, places: Mapping[str, Place]) -> None:
     """Refuse a table that was measured on batches whose tokens keep grad_weight out of FP8."""
     options = grouped((row.name, row.option) for row in small.rows)
-    able = [x for x in spec.layers if x.name in places and any(o.is_fp8 for o in x.options)]
+    able = [x for x in spec.layers if x.name in places and x.takes_fp8]
     theirs = [[o for name in places[x.name].peers for o in options[name]] for x in able]
     lost = sum(x.numel for x, o in zip(able, theirs, strict=True) if lack_grad_weight(x, o))
     total = sum(layer.numel for layer in able)
@@ -224,7 +224,7 @@ def _transfer_notes(small: Sensitivity, unmatched: Sequence[str]) -> Iterator[st
 
 def _unknown_notes(spec: ModelSpec) -> Iterator[str]:
     kept = ""
-    if any(option.is_fp8 for layer in spec.layers for option in layer.options):
+    if any(layer.takes_fp8 for layer in spec.layers):
         locks = first_and_more(default_locks(spec.layers), most=MOST_NAMED)
         held = f", here {locks}" if locks else ""
         kept = f"; embedding, output head, norms and routers stay out of FP8{held} ({SOURCE})"
@@ -240,7 +240,7 @@ def _unknown_notes(spec: ModelSpec) -> Iterator[str]:
 
 def _no_family(small: Sensitivity, spec: ModelSpec) -> str:
     theirs = [row.name for row in small.rows if row.option.is_fp8]
-    own = [layer.name for layer in spec.layers if any(o.is_fp8 for o in layer.options)]
+    own = [layer.name for layer in spec.layers if layer.takes_fp8]
     said = [
         first_and_more(dict.fromkeys(role_in_block(name) for name in names), most=MOST_NAMED)
         or "none"

@@ -64,6 +64,11 @@ class Option(Record):
         return self.precision is Precision.FP8_O1
 
     @property
+    def is_whole_fp8(self) -> bool:
+        """Whether all GEMMs run in FP8 that its recipe does."""
+        return self.is_fp8 and not self.gemms_hp
+
+    @property
     def fp8_gemms(self) -> tuple[Gemm, ...]:
         """The GEMMs that run on FP8 operands."""
         if self.recipe is None:
@@ -266,6 +271,11 @@ class LayerSpec(Record):
     def calls_per_step(self) -> int:
         """How often the layer runs in one step with a gradient."""
         return sum(call.count for call in self.calls)
+
+    @property
+    def takes_fp8(self) -> bool:
+        """Whether FP8 is among its options."""
+        return any(option.is_fp8 for option in self.options)
 
     @property
     def forward_only(self) -> "LayerSpec":

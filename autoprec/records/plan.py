@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model
 from autoprec.common.recipes import Gemm, Precision, Recipe
 from autoprec.common.text import short_digest
 from autoprec.records.base import FileRecord, Many, Record
-from autoprec.records.model import Basis, LayerKind, LayerSpec, Option
+from autoprec.records.model import FP32, Basis, LayerKind, LayerSpec, Option
 from autoprec.records.verification import (
     ExpectedGap,
     LossGap,
@@ -198,6 +198,11 @@ class Plan(FileRecord):
     def options(self) -> tuple[Option, ...]:
         """The options in layer order."""
         return tuple(layer.option for layer in self.layers)
+
+    @property
+    def is_fp32(self) -> bool:
+        """Whether every layer stays FP32: there is nothing to apply."""
+        return set(self.options) == {FP32}
 
     @property
     def digest(self) -> str:

@@ -59,7 +59,7 @@ class Answer:
         if promise.verdict is Verdict.REFUTED:
             said = promise.headline.removeprefix("but ")
             return cls(Advice.DISCARD, f"Do not train with this plan: {said}", fp8)
-        if set(plan.options) == {FP32}:
+        if plan.is_fp32:
             return cls(Advice.LEAVE, _fp32_sentence(plan), fp8)
         if rival:
             return cls(Advice.SLOWER, _rival_sentence(run, plan, speedups, rival), fp8, rival)

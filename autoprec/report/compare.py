@@ -369,7 +369,7 @@ def _facts(run: RunRecords) -> dict[str, str]:
 def _decisions(run: RunRecords) -> dict[str, str]:
     if run.plan is None:
         return {}
-    kept, is_fp32 = run.plan.fp32_outputs, set(run.plan.options) == {FP32}
+    kept, is_fp32 = run.plan.fp32_outputs, run.plan.is_fp32
     outside = {x: (FP32 if is_fp32 or x in kept else BF16_O2).key for x in run.plan.uncovered}
     return outside | {x.name: x.option.key + STAYS * (x.name in kept) for x in run.plan.layers}
 

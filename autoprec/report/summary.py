@@ -235,7 +235,7 @@ def _ceiling_sentence(run: RunRecords, layers: "pd.DataFrame") -> str:
     if run.profile.device.kind == "cpu":  # it has no FP8 rate that could be a limit
         return ""
     specs = run.profile.model.layers
-    names = [layer.name for layer in specs if any(option.is_fp8 for option in layer.options)]
+    names = [layer.name for layer in specs if layer.takes_fp8]
     part_ms = float(layers.loc[layers["name"].isin(names), "bf16_o2_total_ms"].sum())
     if part_ms <= 0.0:
         return ""

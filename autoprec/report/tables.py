@@ -102,7 +102,7 @@ def recipe_costs(sensitivity: Sensitivity) -> list[tuple[str, int, float, float]
     rows = []
     outside = between_layers(sensitivity.activation_error, sensitivity.islands)
     for option in dict.fromkeys(row.option for row in sensitivity.rows):
-        if not option.is_fp8 or option.gemms_hp:
+        if not option.is_whole_fp8:
             continue
         own = {row.name: row for row in sensitivity.rows if row.option == option}
         others = [r for r in sensitivity.rows if r.option == BF16_O2 and r.name not in own]

@@ -62,9 +62,8 @@ def _arms(run: RunRecords, profile: Profile) -> Iterator[Arm]:
     if run.plan:
         chosen = {layer.name: layer.option for layer in run.plan.layers}
         yield Arm(formats.step_title("plan"), chosen, steps.get("plan"))
-    whole = {option: None for layer in specs for option in layer.options if option.is_fp8}
-    recipes = [option for option in whole if not option.gemms_hp]
-    for place, option in enumerate(recipes):
+    every = dict.fromkeys(option for layer in specs for option in layer.options)
+    for place, option in enumerate(option for option in every if option.is_whole_fp8):
         own = {layer.name: option for layer in specs if option in layer.options}
         # the profiler's uniform FP8 step has the first recipe
         step = steps.get("fp8_o1") if place == 0 else None

@@ -274,7 +274,7 @@ def _price_layer(
             basis = price.time_basis if layer.calls else profile.basis
             prices[option] = replace(price, margin_ms=margin_ms, time_basis=basis)
     # what breaks a layer moves in training, so that no set of its GEMMs is safe
-    whole_fp8 = [effects[o].grad_error.mean for o in prices if o.is_fp8 and not o.gemms_hp]
+    whole_fp8 = [effects[o].grad_error.mean for o in prices if o.is_whole_fp8]
     if max(whole_fp8, default=0.0) > BROKEN_ERROR:
         for option in [option for option in prices if option.gemms_hp]:
             del prices[option]

@@ -376,7 +376,7 @@ def _no_option_note(profile: Profile, costs: Costs) -> str:
     """
     model = profile.model
     kinds: Counter[str] = Counter()
-    is_able = any(option.is_fp8 for layer in model.layers for option in layer.options)
+    is_able = any(layer.takes_fp8 for layer in model.layers)
     for layer, prices, missing in zip(model.layers, costs.prices, costs.missing, strict=True):
         numel = layer.numel  # with its biases, as times leave it out
         if fp8 := [option for option in layer.options if option.is_fp8]:
@@ -404,7 +404,7 @@ def _tokens_note(profile: Profile) -> str:
     """
     model, M = profile.model, profile.model.tokens_per_step
     layers = [layer for layer in model.layers if layer.gemm and layer.gemm.M == M]
-    found = [x.numel for x in layers if any(option.is_fp8 for option in x.options)]
+    found = [x.numel for x in layers if x.takes_fp8]
     is_uneven = M % FP8_MULTIPLE and len(model.mix) < 2
     if not is_uneven or sum(found) < NOTABLE * model.numel:
         return ""

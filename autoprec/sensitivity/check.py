@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from autoprec.common.text import significant
 from autoprec.records import BF16_O2, Estimate, JointMeasurement
-from autoprec.sensitivity.doubts import forward_casts, is_whole, on_their_own, scatter
+from autoprec.sensitivity.doubts import forward_casts, on_their_own, scatter
 from autoprec.sensitivity.islands import TOO_COARSE
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.local import Cell
@@ -169,7 +169,7 @@ def _unmeasured(cells: Sequence[Cell], table: Table) -> list[Cell]:
         return []
     rows = table.errors
     left = [cell for cell in cells if cell[1].is_fp8 and cell not in table.refined]
-    return sorted(left, key=lambda cell: (not is_whole(cell[1]), -rows.get(cell, 0.0)))
+    return sorted(left, key=lambda cell: (not cell[1].is_whole_fp8, -rows.get(cell, 0.0)))
 
 
 def _sentence(ratio: float, asked: int, left: Sequence[Cell]) -> str:

@@ -91,11 +91,6 @@ def one_of_each(cells: Sequence[Cell]) -> tuple[Cell, ...]:
     return tuple(first.values())
 
 
-def is_whole(option: Option) -> bool:
-    """Whether an option runs all GEMMs in FP8 that its recipe does."""
-    return option.is_fp8 and not option.gemms_hp
-
-
 def forward_casts(option: Option) -> Sides:
     """Return what an option's recipe casts to FP8 forward, or would if it kept no GEMM in BF16."""
     return gemm_casts(option.model_copy(update={"gemms_hp": ()})).get(Gemm.OUTPUT, ())

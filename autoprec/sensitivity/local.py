@@ -103,7 +103,7 @@ def list_cells(
 def partly_fp8(cells: Iterable[Cell]) -> set[Cell]:
     """Return the cells that keep GEMMs in BF16 of a recipe which is there as a whole."""
     own = list(cells)
-    whole = {(name, option.recipe) for name, option in own if option.is_fp8 and not option.gemms_hp}
+    whole = {(name, option.recipe) for name, option in own if option.is_whole_fp8}
     return {(n, o) for n, o in own if o.gemms_hp and (n, o.recipe) in whole}
 
 

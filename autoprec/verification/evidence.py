@@ -10,7 +10,6 @@ import numpy as np
 from autoprec.common.text import first_and_more, percent
 from autoprec.common.versions import software_versions
 from autoprec.records.cost import StepTiming
-from autoprec.records.model import FP32
 from autoprec.records.plan import Plan
 from autoprec.records.sensitivity import Sensitivity
 from autoprec.records.verification import (
@@ -113,7 +112,7 @@ class Evidence:
         gaps = self.gaps(label, base)
         if len(gaps) < 2 or self.diverged(label):
             return None
-        if label == "plan" and base == "reference" and set(self.plan.options) == {FP32}:
+        if label == "plan" and base == "reference" and self.plan.is_fp32:
             # one branch serves both: there is nothing that no seed showed
             return LossGap(mean=0.0, low=0.0, high=0.0, confidence=CONFIDENCE, seeds=len(gaps))
         # the tolerance is on gaps to the reference
@@ -328,7 +327,7 @@ def idle_branches(before: Sequence[float], evidence: Evidence) -> str:
     losses = [branch.eval_loss for branch in evidence.of("reference") if branch.eval_loss]
     start = math.fsum(before) / len(before)
     lowered = math.fsum((start - loss) / abs(loss) for loss in losses) / len(losses)
-    is_reference = set(evidence.plan.options) == {FP32}
+    is_reference = evidence.plan.is_fp32
     if (
         is_reference
         or evidence.verdict is not Verdict.VERIFIED

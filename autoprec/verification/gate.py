@@ -118,7 +118,7 @@ def _prove(
     spent_s = time.monotonic() - began
     steps = time_plan(session, evidence.plan, profile)
     found = make_verification(session, evidence, steps, sensitivity, refuted, skipped=skipped)
-    if evidence.verdict is Verdict.REFUTED or set(evidence.plan.options) == {FP32}:
+    if evidence.verdict is Verdict.REFUTED or evidence.plan.is_fp32:
         return found
     longest = session.checkpoint
 
