@@ -486,6 +486,11 @@ def test_a_budget_that_is_small_for_errors_early_in_the_run_is_said_to_be() -> N
             "BF16 O2 is 1.75x faster, but FP32 is the plan: BF16's gradient error is",
         ),
         ({FP32: (2.0, 0.0)}, 4e-3, "no layer can take it"),
+        (
+            {FP32: (2.0, 0.0), BF16_O2: (1.99999, 3e-3)},
+            4e-3,
+            "BF16 O2 is as fast, but FP32 is the plan: its gain is not worth its gradient error",
+        ),
     ],
 )
 def test_bf16_that_is_not_worth_it_leaves_fp32(row: Row, budget: float, words: str) -> None:

@@ -267,7 +267,7 @@ def _why_no_bf16(problem: Problem, search: Search, options: Options) -> str:
     else:
         allowed = zip(costs.layers, uniform, problem.allowed, strict=True)
         closed = first_and_more(layer.name for layer, own, may in allowed if own not in may)
-        why = f"{closed} {MAY_NOT}"
+        why = f"{closed} {MAY_NOT}" if closed else "its gain is not worth its gradient error"
     faster = compared(bf16_ms, fp32_ms) + _with_fp32(costs)
     return f"BF16 O2 is {faster}, but FP32 is the plan: {why}"
 
