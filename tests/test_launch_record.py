@@ -19,6 +19,7 @@ from autoprec.integrations.launch.calls import RecordedBatch
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.records import BF16_O2, FP32, Plan
+from autoprec.runtime import install_options
 from autoprec.sensitivity.preconditioner import read_preconditioner
 from autoprec.workload.functions import Workload, check_batches
 from autoprec.workload.optimizers import name_of, optimizers_in
@@ -267,6 +268,54 @@ def test_what_a_script_sets_on_its_model_before_a_call_is_an_input_of_it(
     training = Training(workload, model, workload.build_optimizer(model))
     for batch in recorded(workload):  # no graph of the batch before is in the way
         training.step([batch])
+
+
+DISTRIBUTION = """
+import torch
+from torch import nn
+from torch.distributions import Categorical
+
+class Value:
+    def __init__(self, value):
+        self.value, self.itself = value, self
+
+class Policy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.actions, self.value = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(32, 1)
+
+    def forward(self, x):
+        h = torch.tanh(self.body(x))
+        return Categorical(logits=self.actions(h)), Value(self.value(h)[:, 0])
+
+torch.manual_seed(0)
+policy = Policy()
+optimizer = torch.optim.Adam(policy.parameters())
+for step in range(99):
+    x = torch.randn(16, 16)
+    actions, found = policy(x)
+    action = actions.sample()
+    better = (action == x.argmax(1)).float() - found.value
+    loss = -(actions.log_prob(action) * better.detach()).mean() + better.pow(2).mean()
+    loss = loss - 0.01 * actions.entropy().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+"""
+
+
+def test_a_loss_may_come_from_what_an_object_holds(tmp_path: Path) -> None:
+    """A distribution, and an object of the script's own."""
+    workload = record(tmp_path, DISTRIBUTION)
+    model = workload.build_model()
+    torch.manual_seed(0)
+    loss = workload.loss_fn(model, next(workload.train_batches(0)))
+    loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    torch.manual_seed(0)
+    with install_options(model, {"body": BF16_O2, "actions": BF16_O2, "value": FP32}):
+        low = workload.loss_fn(model, next(workload.train_batches(0)))
+    assert float(low.detach()) == pytest.approx(float(loss.detach()), abs=0.05)
 
 
 def test_a_penalty_on_the_slope_at_the_inputs_is_repeated(tmp_path: Path) -> None:

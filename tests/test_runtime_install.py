@@ -2,12 +2,13 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributions import Independent, Normal
 from torch.utils.checkpoint import checkpoint
 
 import autoprec
@@ -338,6 +339,31 @@ def test_a_library_that_registers_subclasses_sees_none_of_ours() -> None:
             layer(torch.randn(16, 32)).sum().backward()
     assert Registered.known == {"own": Own}
     assert type(layer) is Own
+
+
+Shape = TypeVar("Shape")
+
+
+class GenericFirst(Generic[Shape], nn.Module):
+    """As tianshou's networks, which are laid out otherwise than plain modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Any:
+        return Independent(Normal(self.layer(x), F.softplus(x)), 1), x
+
+
+def test_a_generic_class_runs_a_plan_and_its_distributions_are_in_fp32() -> None:
+    model, x = GenericFirst[int](), torch.randn(16, 32)
+    wanted, _ = model(x)
+    with install_options(model, {"layer": BF16_O2}):
+        given, _ = model(x)
+        assert type(given) is Independent
+        assert (given.mean.dtype, given.stddev.dtype) == (torch.float32, torch.float32)
+        torch.testing.assert_close(given.mean, wanted.mean, rtol=2**-6, atol=2**-6)
+    assert type(model) is GenericFirst
 
 
 def test_unknown_names_and_containers_are_refused() -> None:

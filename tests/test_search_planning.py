@@ -487,7 +487,7 @@ def test_a_budget_that_is_small_for_errors_early_in_the_run_is_said_to_be() -> N
         ),
         ({FP32: (2.0, 0.0)}, 4e-3, "no layer can take it"),
         (
-            {FP32: (2.0, 0.0), BF16_O2: (1.99999, 3e-3)},
+            {FP32: (2.0, 0.0), BF16_O2: (2.999, 3e-3)},
             4e-3,
             "BF16 O2 is as fast, but FP32 is the plan: its gain is not worth its gradient error",
         ),

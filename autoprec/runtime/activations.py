@@ -34,6 +34,7 @@ from torch import Tensor
 from torch._dynamo.eval_frame import skip_code
 from torch._higher_order_ops.flex_attention import flex_attention
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
+from torch.distributions import Distribution
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode, _push_mode
 
@@ -221,8 +222,8 @@ def _has_sparse(values: Iterable[Any]) -> bool:
 def cast_floating(value: Any, dtype: torch.dtype) -> Any:  # Any: whatever a module takes or gives
     """Return `value` with its floating tensors as `dtype`; `value` itself when nothing differs.
 
-    Looks into tuples (named ones too), lists, mappings and dataclasses; other objects, such as a
-    key-value cache, pass through. Containers are rebuilt, never changed in place.
+    Looks into tuples (named ones too), lists, mappings, dataclasses and distributions; other
+    objects, such as a key-value cache, pass through. They are rebuilt, never changed in place.
     """
     if isinstance(value, Tensor):
         return value if value.dtype is dtype or value.dtype not in CASTABLE else value.to(dtype)
@@ -240,13 +241,7 @@ def cast_floating(value: Any, dtype: torch.dtype) -> Any:  # Any: whatever a mod
 
 @part_of_callers
 def _cast_fields(value: Any, dtype: torch.dtype) -> Any:
-    is_mapping = isinstance(value, Mapping)
-    if is_mapping:
-        old = dict(value.items())
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        old = {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
-    else:
-        return value
+    old = _fields_of(value)
     new = {key: cast_floating(item, dtype) for key, item in old.items()}
     if all(new[key] is item for key, item in old.items()):
         return value
@@ -254,11 +249,20 @@ def _cast_fields(value: Any, dtype: torch.dtype) -> Any:
         return new  # dynamo follows no copy of the keyword arguments that a mode is given
     result: Any = copy.copy(value)
     for key, item in new.items():
-        if is_mapping:  # all items: dynamo's copy of a dict's subclass has none
+        if isinstance(value, Mapping):  # all items: dynamo's copy of a dict's subclass has none
             result[key] = item
         elif item is not old[key]:
             object.__setattr__(result, key, item)  # frozen ones too: the copy is ours
     return result
+
+
+@part_of_callers
+def _fields_of(value: Any) -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        return dict(value.items())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {each.name: getattr(value, each.name, None) for each in dataclasses.fields(value)}
+    return dict(vars(value)) if isinstance(value, Distribution) else {}
 
 
 def option_dtype(option: Option) -> torch.dtype:

@@ -17,7 +17,7 @@ import contextlib
 import functools
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, Generic, NoReturn, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -270,7 +270,7 @@ def _subclass(
         "register_forward_pre_hook": register_forward_pre_hook,
     }
     hooks = (cls for cls in base.__mro__ if "__init_subclass__" in vars(cls))
-    if next(hooks) not in (object, _Unregistered):
+    if next(hooks) not in (object, Generic, _Unregistered):
         bases = (_Unregistered, *bases)
     return type(base.__name__, bases, {**kept, **own, **body})
 

@@ -81,8 +81,8 @@ class Installed(AbstractContextManager["Installed"]):
 
     def set_class(self, module: nn.Module, cls: type[nn.Module]) -> None:
         """Give a module another class, and note the one it had."""
-        self.classes.append((module, type(module)))
-        module.__class__ = cls
+        before, module.__class__ = type(module), cls
+        self.classes.append((module, before))
 
     def undo(self) -> None:
         """Take everything out again; parameters that nobody changed get their exact values back."""

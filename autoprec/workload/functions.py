@@ -44,7 +44,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
+from types import FunctionType, ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
@@ -75,6 +75,7 @@ MAX_EVAL_BATCHES = 64  # an endless eval_batches() is cut here
 DEFAULT_EVAL_BATCHES = 8
 PACKAGE = str(Path(__file__).parents[1])  # of autoprec, wherever it lies
 LIBRARIES = ("site-packages", sysconfig.get_path("stdlib"), PACKAGE)  # where no user's code is
+NO_OBJECTS = (list, tuple, type, nn.Module, FunctionType, ModuleType)
 LONGEST_ERROR = 300  # characters of the user's own exception
 
 T = TypeVar("T")
@@ -389,14 +390,12 @@ def move_batch(batch: Batch, device: torch.device) -> Batch:
         return type(batch)(*(move_batch(value, device) for value in batch))
     if isinstance(batch, list | tuple):
         return type(batch)(move_batch(value, device) for value in batch)
-    if hasattr(batch, "to"):
-        moved = batch.to(device)
-        return batch if moved is None else moved  # None: moved in place
-    return batch
+    moved = batch.to(device) if hasattr(batch, "to") else batch
+    return batch if moved is None else moved  # None: moved in place
 
 
-def tensors_in(value: Any) -> list[Tensor]:  # Any: a batch, arguments, a model's output
-    """Return the tensors in nested values, in one order."""
+def tensors_in(value: Any, *, looked_into: set[int] | None = None) -> list[Tensor]:
+    """Return the tensors in nested values, in one order; with a set also those of objects."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Mapping):
@@ -405,8 +404,11 @@ def tensors_in(value: Any) -> list[Tensor]:  # Any: a batch, arguments, a model'
         value = (value.start, value.stop, value.step)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = [getattr(value, field.name, None) for field in dataclasses.fields(value)]
+    elif not (looked_into is None or isinstance(value, NO_OBJECTS) or id(value) in looked_into):
+        looked_into.add(id(value))
+        value = [*getattr(value, "__dict__", {}).values()]
     if isinstance(value, list | tuple):
-        return [tensor for item in value for tensor in tensors_in(item)]
+        return [tensor for item in value for tensor in tensors_in(item, looked_into=looked_into)]
     return []
 
 

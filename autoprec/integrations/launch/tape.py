@@ -139,7 +139,7 @@ class Tape:
             if id(parameter) not in self._known:
                 self._add_parameter(parameter)
         call = self.graph.call_module(str(number), tuple(nodes))
-        for index, tensor in enumerate(tensors_in(output)):
+        for index, tensor in enumerate(tensors_in(output, looked_into=set())):
             self._name(tensor, self.graph.call_function(_nth, (call, index)))
         for module in part.modules():
             for name, kept in (*vars(module).items(), *module._buffers.items()):
@@ -349,7 +349,7 @@ def _copied(value: Value) -> Value:
 
 
 def _nth(result: Value, index: int) -> Tensor:
-    tensors = tensors_in(result)
+    tensors = tensors_in(result, looked_into=set())
     if index >= len(tensors):
         raise WorkloadError(
             "a recorded model must return all that it returned in the script, but it gave "
