@@ -57,12 +57,14 @@ def main() -> None:
     for name, shape in SHAPES.items():
         spec = captured(shape)
         most = len(spec.layers)
-        steps = [step_bytes(spec, is_16_bit=low, is_foreach=not low) for low in (False, True)]
+        size = ModelSize.of(spec)
+        # AdamW as torch makes it steps all parameters at once, and holds as much again meanwhile
+        foreach = 4 * (size.parameters + (size.states + 2) * size.trainable)
+        steps = [max(step_bytes(spec), foreach), step_bytes(spec, is_16_bit=True)]
         ways = [sensitivity_bytes(spec, groups=n, batches=0) for n in (1, most)]
         sizes = [size / 1e9 for size in (*steps, *ways)]
         need = max(sizes[0], sizes[3])
         fits = next((f"{gb} GB" for gb in DEVICES_GB if need <= USABLE * gb), "shard it")
-        size = ModelSize.of(spec)
         shown = " | ".join(f"{gb:.1f}" for gb in sizes)
         print(f"| {name} ({size.parameters / 1e9:.2f} B) | {shown} | {fits} |")
 

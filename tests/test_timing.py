@@ -195,7 +195,7 @@ def test_prepare_runs_outside_of_the_timing() -> None:
 
 def test_the_collector_sleeps_during_samples_and_wakes_after() -> None:
     was_on: list[bool] = []
-    timed({"a": lambda: was_on.append(gc.isenabled())}, clock=CpuClock(cache_bytes=4), samples=3)
+    timed({"a": lambda: was_on.append(gc.isenabled())}, clock=CpuClock(), samples=3)
     assert not was_on[-1]
     assert gc.isenabled()
 

@@ -112,9 +112,8 @@ class CpuClock(Clock):
     MOST_CPU_CACHE_BYTES; a server's hundreds of MiB hold a step's data from layer to layer.
     """
 
-    def __init__(self, *, cache_bytes: int | None = None) -> None:
-        if cache_bytes is None:
-            cache_bytes = min(last_level_cache_bytes(), MOST_CPU_CACHE_BYTES)
+    def __init__(self) -> None:
+        cache_bytes = min(last_level_cache_bytes(), MOST_CPU_CACHE_BYTES)
         self._buffer = torch.zeros(CACHE_FACTOR * cache_bytes // 4, dtype=torch.float32)
 
     def measure(self, fn: Function) -> float:

@@ -72,20 +72,16 @@ def io_elements(layer: LayerSpec) -> int:
     return inputs + (inputs if outputs is None else outputs)
 
 
-def step_bytes(spec: ModelSpec, *, is_16_bit: bool = False, is_foreach: bool = False) -> int:
-    """Return the peak of a training step: FP32, or BF16 O2 (FP8 O1 stores and saves the same).
-
-    `is_foreach` counts what an optimizer that steps all parameters at once makes on its way.
-    """
+def step_bytes(spec: ModelSpec, *, is_16_bit: bool = False) -> int:
+    """Return the peak of a training step: FP32, or BF16 O2 (FP8 O1 stores and saves the same)."""
     size = ModelSize.of(spec)
     weight = BF16_BYTES if is_16_bit else FP32_BYTES
     held = weight * size.parameters + FP32_BYTES * size.states * size.trainable
     if is_16_bit:  # FP32 masters, and the gradient of the master while it steps
         held += FP32_BYTES * size.trainable
-    passing = FP32_BYTES * (size.trainable if is_foreach else size.largest)
-    gradients = weight * size.trainable
+    stepping = weight * size.trainable + FP32_BYTES * size.largest  # gradients, one on its way
     backward = size.backward * weight / FP32_BYTES
-    return round(held + max(backward, gradients + passing))
+    return round(held + max(backward, stepping))
 
 
 def sensitivity_bytes(
