@@ -18,7 +18,7 @@ from autoprec.device.torchao import float8_config
 from autoprec.errors import PlanMismatchError, RecordError, TrainingStoppedError
 from autoprec.guard import Guard, Limits
 from autoprec.guard.sampling import range_shares
-from autoprec.guard.signals import FEWEST_VALUES, RunningBand, read_signals
+from autoprec.guard.signals import FEWEST_VALUES, Bounds, RunningBand, read_signals
 from autoprec.records import (
     BF16_O2,
     FP32,
@@ -511,7 +511,8 @@ def test_a_norm_is_that_of_the_gradients_and_zero_without_one() -> None:
     model(torch.randn(4, 16)).sum().backward()
     model.first.weight.grad = None
     parameters = list(model.parameters())
-    signals = read_signals(torch.tensor(2.0), parameters).signals()
+    reading = read_signals(torch.tensor(2.0), parameters, shares=None, bounds=Bounds())
+    signals = reading.signals()
     expected = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     assert signals.norms[0] == 0
     assert signals.grad_norm == pytest.approx(float(expected), rel=1e-5)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoprec.common.files import MAX_RECORD_BYTES, file_digest
+from autoprec.common.files import MAX_RECORD_BYTES, file_digest, write_atomically
 from autoprec.errors import RecordError
 from autoprec.records import (
     BF16_O2,
@@ -19,7 +19,6 @@ from autoprec.records import (
     Verdict,
     Verification,
     fp8_option,
-    write_atomically,
 )
 
 RECORD = Verification(

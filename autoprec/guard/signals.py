@@ -84,14 +84,13 @@ def read_signals(
     loss: Tensor,
     parameters: Sequence[nn.Parameter],
     *,
-    shares: Tensor | None = None,
-    bounds: Bounds | None = None,
+    shares: Tensor | None,
+    bounds: Bounds,
 ) -> Reading:
     """Read a step's signals without waiting; one all-reduce if distributed.
 
     `shares` is [layers, operands, 2], what the FP8 operands lose to underflow and saturation.
     """
-    bounds = bounds or Bounds()
     seen = [loss.detach().float().reshape(1), _norms(parameters, loss.device).square()]
     vector = mean_over_ranks(torch.cat(seen if shares is None else [*seen, shares.flatten()]))
     value, squared = vector[0], vector[1 : 1 + len(parameters)].sum()

@@ -8,8 +8,7 @@ verification  the proof
 checks        what doctor, check and compare say
 """
 
-from autoprec.common.files import read_text, write_atomically
-from autoprec.common.recipes import APPLICABLE_RECIPES, RECIPE_GEMMS_HP, Gemm, Precision, Recipe
+from autoprec.common.recipes import APPLICABLE_RECIPES, Gemm, Precision, Recipe
 from autoprec.records.base import FileRecord, Record
 from autoprec.records.checks import Change, Check, Comparison, Diagnosis, DifferenceRow, PlanCheck
 from autoprec.records.cost import (
@@ -27,7 +26,6 @@ from autoprec.records.model import (
     FP32,
     AsWritten,
     Basis,
-    BatchMix,
     CallSpec,
     GemmShape,
     LayerKind,
@@ -68,7 +66,6 @@ from autoprec.records.verification import (
     ExpectedGap,
     HorizonGap,
     LossGap,
-    MetricGap,
     MetricTolerance,
     Proxy,
     Verdict,

@@ -19,5 +19,5 @@ checkpoint model, optimizer and guard in one file, and back; sharded_state on ma
 from autoprec.runtime.apply import apply, master_view, undo
 from autoprec.runtime.attach import attach_optimizer
 from autoprec.runtime.fit import check_fit, uniform_plan
-from autoprec.runtime.install import Installed, install_options
-from autoprec.runtime.proof import LayerTrace, check_applied, trace_step, verify_applied
+from autoprec.runtime.install import install_options
+from autoprec.runtime.proof import check_applied, trace_step, verify_applied
