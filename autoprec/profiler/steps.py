@@ -112,8 +112,7 @@ def time_steps(
     release_memory(context.device)  # what was timed or recorded before: whole steps need the room
     batches = take_batches(context.workload, seed=context.seed, count=BATCHES)
     monitor = monitor or find_monitor(context.device)
-    own = (stopping, monitor, compilation, kept or KeptRows())
-    comparison = _Comparison(context, batches, *own)
+    comparison = _Comparison(context, batches, stopping, monitor, compilation, kept or KeptRows())
     return comparison.time_in_turns(variants), comparison.left_out
 
 
@@ -147,7 +146,7 @@ class _Comparison:
     stopping: Stopping
     monitor: Monitor
     compilation: Compilation | None
-    kept: KeptRows = field(default_factory=KeptRows)  # told which variant is in flight
+    kept: KeptRows  # told which variant is in flight
     ready: Sequence[Batch] = ()  # those of the next step, on the device
     left_out: dict[str, str] = field(default_factory=dict)  # baselines, and why
 
