@@ -408,6 +408,22 @@ def test_a_model_whose_method_calls_its_parts_has_the_plan_before_the_first_part
     assert capsys.readouterr().out == printed != ""
 
 
+def test_a_model_whose_forward_is_called_past_its_hooks_has_the_plan_from_the_first_step(
+    tmp_path: Path,
+) -> None:
+    """As RecBole's are; the weights that the first backward needs stay as they are until then."""
+    scored = HEAD.replace(
+        "def forward(self, x)",
+        "def loss(self, x, y):\n"
+        "        return self.score(self.forward(x), y)\n"
+        "    def forward(self, x)",
+    ).replace("super().__init__()", "super().__init__(); self.score = nn.CrossEntropyLoss()")
+    outcome = run(
+        tmp_path, scored + LOOP.replace("F.cross_entropy(model(x), y)", "model.loss(x, y)"), "3"
+    )
+    assert "before AdamW's first step" in outcome.message
+
+
 @pytest.mark.parametrize("cls", ["AdamW", "SGD"])
 def test_a_resumed_run_equals_one_without_interruption(tmp_path: Path, cls: str) -> None:
     body = f"""{HEAD.replace("AdamW", cls)}

@@ -179,7 +179,7 @@ class Watch:
             # a method of the model, as Lightning's training_step, calls its parts one by one
             for root in () if has_it else find_roots(module):
                 fits = any(_fits(self.plan, part) for part in root.modules())
-                if fits and not _is_in_forward(root):
+                if fits and not _is_in_forward(root) and not self._has_run(root, module):
                     has_it = self._offer(root, "at the first training call of a part")
             if not has_it:
                 self._offer_joined([module], "at the first training call of one of them")
@@ -284,6 +284,10 @@ class Watch:
     def _is_new(self, module: nn.Module) -> bool:
         is_known = module in self._seen or module in self._untrained
         return not is_known and not self._is_done()
+
+    def _has_run(self, root: nn.Module, part: nn.Module) -> bool:
+        """Whether another part was called, so that backward may need the weights as they are."""
+        return not self._seen.isdisjoint({*root.modules()} - {*part.modules()})
 
     def _may_train(self, module: nn.Module) -> bool:
         """Whether an optimizer trains a module, or one may that is still to be made."""
