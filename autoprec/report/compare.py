@@ -25,10 +25,8 @@ from dataclasses import dataclass, replace
 from autoprec.common.grouping import grouped
 from autoprec.common.text import first_and_more, percent
 from autoprec.errors import RecordError
-from autoprec.records.checks import Change, Comparison, DifferenceRow
+from autoprec.records import BF16_O2, FP32, Basis, Change, Comparison, DifferenceRow, Estimate
 from autoprec.records.cost import BASELINES, FEWEST_SPREAD, WIDEST, Timing, student_factor
-from autoprec.records.model import BF16_O2, FP32, Basis
-from autoprec.records.sensitivity import Estimate
 from autoprec.report.formats import count_of
 from autoprec.report.promise import Promise
 from autoprec.report.runs import RunRecords

@@ -6,9 +6,7 @@ reaches: `verified over 75 steps (50 in FP32, 25 with the plan)`.
 
 from dataclasses import dataclass, fields
 
-from autoprec.records.model import FP32
-from autoprec.records.plan import Certificate, Plan
-from autoprec.records.sensitivity import Estimate
+from autoprec.records import FP32, Certificate, Estimate, Plan
 from autoprec.records.verification import (
     ExpectedGap,
     HorizonGap,

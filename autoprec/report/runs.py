@@ -5,12 +5,9 @@ from pathlib import Path
 
 from autoprec.common.files import read_text
 from autoprec.errors import RecordError
+from autoprec.records import Certificate, Plan, Profile, Search, Sensitivity, Verification
 from autoprec.records.base import FileRecord, parse_object
-from autoprec.records.cost import Profile
-from autoprec.records.plan import Certificate, Plan, Search
 from autoprec.records.run import RunState
-from autoprec.records.sensitivity import Sensitivity
-from autoprec.records.verification import Verification
 
 FILES: dict[str, type[FileRecord]] = {
     "plan": Plan,

@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator
 
-from autoprec.records.cost import DeviceFacts
-from autoprec.records.model import BF16_O2
+from autoprec.records import BF16_O2, DeviceFacts
 from autoprec.records.sensitivity import JointMeasurement, Sensitivity, between_layers
 from autoprec.records.verification import Verification, loss_gaps
 from autoprec.report import formats

@@ -9,9 +9,7 @@ import numpy as np
 
 from autoprec.common.text import first_and_more, percent
 from autoprec.common.versions import software_versions
-from autoprec.records.cost import StepTiming
-from autoprec.records.plan import Plan
-from autoprec.records.sensitivity import Sensitivity
+from autoprec.records import Plan, Sensitivity, StepTiming
 from autoprec.records.verification import (
     MOST_SEEDS,
     REFUTED,
