@@ -86,8 +86,7 @@ def _most_voted(layer: LayerSpec, votes: Votes, table: _Table, plan: Plan) -> Op
     options = {o: n for o, n in votes.get(layer.name, {}).items() if table.can_take(layer.name, o)}
     if options:
         return max(options, key=lambda o: (options[o], table.error(layer.name, o), o.key))
-    is_fp32 = all(each.option == FP32 for each in plan.layers)
-    return FP32 if is_fp32 or BF16_O2 not in layer.options else BF16_O2
+    return FP32 if plan.is_fp32 or BF16_O2 not in layer.options else BF16_O2
 
 
 def _changes(

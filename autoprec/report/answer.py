@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from autoprec.records import BF16_O2, FP32, Basis, Branch, Plan, Verdict, Verification
+from autoprec.records import BF16_O2, Basis, Branch, Plan, Verdict, Verification
 from autoprec.report import formats
 from autoprec.report.formats import clean_text
 from autoprec.report.promise import Promise
@@ -122,7 +122,7 @@ def written_loss(run: RunRecords) -> str:
 def masters_sentence(run: RunRecords) -> str:
     """Return what a plan's masters take that 16-bit parameters alone do not; "" of other plans."""
     written = run.profile.model.as_written if run.profile else None
-    is_16_bit = run.plan is not None and any(option != FP32 for option in run.plan.options)
+    is_16_bit = run.plan is not None and not run.plan.is_fp32
     if not (is_16_bit and written and written.parameters):
         return ""
     return "4 bytes a parameter beside what is run now, and the optimizer's states in FP32"

@@ -6,7 +6,7 @@ reaches: `verified over 75 steps (50 in FP32, 25 with the plan)`.
 
 from dataclasses import dataclass, fields
 
-from autoprec.records import FP32, Certificate, Estimate, Plan
+from autoprec.records import Certificate, Estimate, Plan
 from autoprec.records.verification import (
     ExpectedGap,
     HorizonGap,
@@ -49,7 +49,7 @@ class Promise:
     @classmethod
     def of(cls, proof: Verification | Certificate | None, plan: Plan | None) -> "Promise":
         """Return the promise of a proof, in whole or in short, and of the plan that it is of."""
-        has_gap = plan is not None and set(plan.options) != {FP32}
+        has_gap = plan is not None and not plan.is_fp32
         if proof is None or proof.verdict is Verdict.NOT_RUN:
             tolerance = plan.constraint.loss_tolerance if plan else None
             expected = plan.expected_gap if plan else None
