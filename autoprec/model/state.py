@@ -148,7 +148,7 @@ def put_back_state(model: nn.Module, kept: Mapping[str, Any]) -> None:
         if name not in kept:  # forward has set it since, for the first time
             vars(module).pop(own, None)
     for name, value in kept.items():
-        module, own = _place(model, name)
+        module, own = place_of(model, name)
         parameter, buffer = module._parameters.get(own), module._buffers.get(own)
         if parameter is not None:
             parameter.copy_(value)
@@ -166,7 +166,7 @@ def put_back_dtypes(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None
     """Give buffers the dtypes that they had, and noted attributes FP32; their values stay."""
     for name, buffer in list(model.named_buffers()):
         if (dtype := dtypes.get(name, buffer.dtype)) is not buffer.dtype:
-            module, own = _place(model, name)
+            module, own = place_of(model, name)
             module._buffers[own] = buffer.to(dtype)
     for _, module, own in _noted(model):
         if own in vars(module):
@@ -174,10 +174,11 @@ def put_back_dtypes(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None
 
 
 def _noted(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
-    return [(name, *_place(model, name)) for name in noted_on(model)]
+    return [(name, *place_of(model, name)) for name in noted_on(model)]
 
 
-def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+def place_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the module that holds an attribute of a full name, and the attribute's own name."""
     owner, _, own = name.rpartition(".")
     return model.get_submodule(owner), own
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autoprec.device.random_state import generator_state
 from autoprec.integrations.launch.sharded import Policy
-from autoprec.model.state import Signatures, attribute_signatures
+from autoprec.model.state import Signatures, attribute_signatures, place_of
 
 State = dict[str, Any]  # Any: attributes of a model, by name
 
@@ -28,8 +28,8 @@ class RecordedCall(NamedTuple):
     def begin(self, model: nn.Module) -> nn.Module:
         """Give a model the state from before this call, and return the part that is called."""
         for name, value in self.state.items():
-            owner, _, own = name.rpartition(".")
-            vars(model.get_submodule(owner))[own] = tree_map_only(Tensor, Tensor.clone, value)
+            module, own = place_of(model, name)
+            vars(module)[own] = tree_map_only(Tensor, Tensor.clone, value)
         return model.get_submodule(self.path)
 
 
@@ -97,8 +97,7 @@ class Attributes:
     def _written(self, model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
         found = []
         for name, seen in attribute_signatures(model).items():
-            owner, _, own = name.rpartition(".")
-            module = model.get_submodule(owner)
+            module, own = place_of(model, name)
             value = vars(module)[own]
             is_plain = generator_state(value) is None
             is_made = any(isinstance(x, Tensor) and x.grad_fn for x in tree_leaves(value))
@@ -115,7 +114,6 @@ def begun_like(model: nn.Module, batches: Sequence[RecordedBatch]) -> None:
     """Let the first call begin as a copy of the model from before it, in all that others set."""
     every = [call for batch in batches for call in batch.calls.values()]
     for name in {name: 0 for call in every for name in call.state}:
-        owner, _, own = name.rpartition(".")
-        held = vars(model.get_submodule(owner))
-        if own in held:
-            every[0].state.setdefault(name, held[own])
+        module, own = place_of(model, name)
+        if own in vars(module):
+            every[0].state.setdefault(name, vars(module)[own])
