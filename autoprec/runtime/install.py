@@ -35,6 +35,7 @@ from autoprec.device.ranks import local_part, sharded_tensor
 from autoprec.errors import PlanMismatchError
 from autoprec.model.kinds import is_transposed
 from autoprec.model.layers import comes_from_plan, find_layers, own_class
+from autoprec.model.local_copy import is_divided
 from autoprec.model.state import put_back_dtypes
 from autoprec.records import APPLICABLE_RECIPES, FP32, Option
 from autoprec.runtime.activations import CASTABLE, option_dtype
@@ -298,7 +299,7 @@ def _keep_masters(storage: Storage, installed: Installed) -> None:
         options=installed.options,
         values={p: None if data is None else data.float() for p, data in originals.items()},
         names={name: p for name, p in model.named_parameters() if p in originals},
-        was_split=any(isinstance(p, sharded_tensor()) for p in model.parameters()),
+        was_split=is_divided(model),
         buffer_dtypes={name: buffer.dtype for name, buffer in model.named_buffers()},
         gather_as_before=installed.gather_as_before,
     )

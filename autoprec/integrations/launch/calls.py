@@ -60,8 +60,7 @@ class SeenCall(NamedTuple):
     def draw_again(self) -> None:
         """Let the generators give what they gave in this call."""
         torch.set_rng_state(self.random_state)
-        if self.random_states_gpu:
-            torch.cuda.set_rng_state_all(self.random_states_gpu)
+        torch.cuda.set_rng_state_all(self.random_states_gpu)
 
 
 @dataclass(frozen=True)
