@@ -741,6 +741,21 @@ def test_rows_that_batches_do_not_agree_on_are_said_to_be_guesses() -> None:
         assert ("its batches differ by a factor of 2.2" in sentence) is is_said
 
 
+def test_what_neighbours_have_jointly_says_how_far_the_probes_of_each_may_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tables, "GUESSED_PASSES", 6)  # of 12 rows: two measurements of a kind
+    meter = JointMeter(prepared(nn.SiLU))
+    table = make_table(meter.reference, list_cells(meter.reference.spec, None), Method.SIGN_CODED)
+    for factor, is_said in ((1.0, False), (0.1, True)):
+        probed = tuple(tables.multiplied(row, factor) for row in table.rows)
+        few = replace(table, rows=probed, tested={}, refined=(), exact=frozenset())
+        found = tables.measure_unseen(meter.reference, few, meter.reference.spec.names)
+        assert found.together == tuple(sorted(meter.reference.spec.names))
+        sentence = check_table(meter, found, outside=0.0).sentence
+        assert ("(probes miss the 4 measured rows by a factor of " in sentence) is is_said
+
+
 def test_choices_that_several_layers_change_count_once_in_the_sum() -> None:
     reference = prepared(nn.SiLU)
     cells = list_cells(reference.spec, [fp8_option(Recipe.ROWWISE)])

@@ -168,19 +168,15 @@ def test_a_fallback_preconditioner_is_said_in_the_notes() -> None:
     assert any("Together: no rule for 100 %" in note for note in found.notes)
 
 
-@pytest.mark.parametrize("is_same", [False, True])
-def test_rows_that_are_measured_with_their_neighbours_are_said_to_be_guesses(is_same: bool) -> None:
+def test_rows_that_are_measured_with_their_neighbours_are_said_to_be_guesses() -> None:
     def build_model() -> nn.Module:
         teacher = [nn.Linear(16, 16) for _ in range(16)]
-        for layer in teacher:
-            nn.init.orthogonal_(layer.weight)
         return nn.ModuleDict({"student": nn.Linear(16, 16), "teacher": nn.Sequential(*teacher)})
 
     def loss_fn(model: Any, batch: torch.Tensor) -> torch.Tensor:  # Any: entries by name
         with torch.no_grad():
             target = model["teacher"](batch)
-        found = model["student"](batch)
-        return F.mse_loss(model["teacher"](found) if is_same else found, target)
+        return F.mse_loss(model["student"](batch), target)
 
     functions = {
         "build_model": build_model,
@@ -192,9 +188,6 @@ def test_rows_that_are_measured_with_their_neighbours_are_said_to_be_guesses(is_
     found = measure_sensitivity(reference, options=[TENSORWISE], method=Method.SIGN_CODED)
     note = next(note for note in found.notes if "neighbours" in note)
     assert "so that single rows are a guess: teacher.0, teacher.1, teacher.10, " in note
-    # what no gradient reaches has no row in FP8
-    said = "not layer by layer (16 of 17 layers measured with neighbours only): trust"
-    assert (said in found.table_check) is is_same
 
 
 def test_gradients_too_large_to_keep_are_run_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,7 +124,6 @@ def _single_rows(table: Table) -> str:
     """Return that single rows are guesses, where what was measured says so.
 
     Of probes that is how far they are from it, of a table that was measured whole its batches.
-    Layers that were measured with their neighbours share one error by what probes see of each.
     """
     known = {(name, forward_casts(option)) for name, option in table.exact}
     fp8 = on_their_own(table.rows)
@@ -134,13 +133,12 @@ def _single_rows(table: Table) -> str:
         which = "its batches differ"
     else:
         apart, which = table.spread, f"probes miss the {len(table.tested)} measured rows"
-    which += f" by a factor of {significant(math.exp(apart), 2)}"
     if apart < SPREAD:
-        shared = {r.name for r in fp8 if r.cell not in table.refined} & {*table.together}
-        of = len({r.name for r in fp8})
-        which = f"{len(shared)} of {of} layers measured with neighbours only" if shared else ""
-    said = "the table of gradient errors holds in sum, not layer by layer"
-    return f"{said} ({which}): trust measured plans" if which else ""
+        return ""
+    return (
+        f"the table of gradient errors holds in sum, not layer by layer ({which} by a factor of "
+        f"{significant(math.exp(apart), 2)}): trust measured plans"
+    )
 
 
 def _compared(

@@ -79,7 +79,7 @@ class Table:
     # the shares of a row that kinks and choices add
     kinks: Mapping[Cell, float] = field(default_factory=dict)
     choices: Mapping[Cell, float] = field(default_factory=dict)
-    # of refined rows, what was measured and what was probed
+    # of refined rows, and of one of each that were together, what was measured and what was probed
     tested: Mapping[Cell, tuple[float, float]] = field(default_factory=dict)
 
     @property
@@ -256,7 +256,8 @@ def measure_unseen(reference: Reference, table: Table, names: Collection[str]) -
     """Return a table whose rows of layers that probes do not see, or not whole, are measured.
 
     BF16 and one whole recipe of each casts forward: one by one where GUESSED_PASSES are enough for
-    that, else neighbours together, whose rows are scaled to what they have jointly.
+    that, else neighbours together, whose rows are scaled to what they have jointly. How far that is
+    from the probes tells how far rows within it may be.
     """
     kinds: dict[Sides, dict[str, Option]] = {}
     alone = {row.cell for row in on_their_own(table.rows)}
@@ -282,7 +283,12 @@ def measure_unseen(reference: Reference, table: Table, names: Collection[str]) -
     table = _with_exact(table, exact, share=1.0)
     if most == count:
         return table
-    return replace(table, refined=(), together=tuple(sorted(names)))
+    tested = {
+        cell: (exact[cell].mean, before[cell])
+        for cell, *_ in found
+        if cell[1].is_fp8 and before[cell] > 0.0
+    }
+    return replace(table, refined=(), together=tuple(sorted(names)), tested=tested)
 
 
 def _with_exact(table: Table, exact: Mapping[Cell, Estimate], *, share: float) -> Table:
