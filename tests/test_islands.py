@@ -36,7 +36,7 @@ from autoprec.search.costs import make_costs
 from autoprec.sensitivity.estimates import Squares
 from autoprec.sensitivity.islands import find_islands, find_producers
 from autoprec.sensitivity.joint import JointMeter, tied_with
-from autoprec.sensitivity.measure import measure_sensitivity
+from autoprec.sensitivity.measure import _error_now, measure_sensitivity
 from autoprec.sensitivity.reference import Reference, prepare_reference
 from autoprec.workload.functions import Workload, workload_from
 from tests.models import token_workload
@@ -297,6 +297,17 @@ def test_parameters_outside_of_layers_stay_fp32_where_bf16_is_too_coarse() -> No
     assert set(dtypes.values()) == {torch.bfloat16}
 
 
+def test_what_little_fp32_between_layers_takes_is_added_to_the_error_of_today() -> None:
+    run = Run(chain_workload())
+    (found,), (*_, now) = run.sensitivity.joint, run.sensitivity.by_step
+    assert now.grad_error.mean > 2 * found.grad_error.mean  # of much, without it
+    passes = run.reference.passes
+    little = Island(outputs=run.spec.names, grad_error=0.01 * found.grad_error.mean)
+    (step,) = _error_now(run.reference, [found], [little])
+    assert step.grad_error.mean == pytest.approx(1.01 * found.grad_error.mean)
+    assert run.reference.passes == passes
+
+
 def test_fp32_between_all_layers_where_bf16_is_too_coarse_there_and_not_in_them() -> None:
     run = Run(workload_of(OFFSET, Offsets))
     (island,) = run.sensitivity.islands
@@ -391,14 +402,26 @@ def test_an_island_has_in_fp32_only_what_rows_do_not_tell(
 
 
 @pytest.mark.parametrize(
-    ("row", "with_it", "is_found"),
-    [(1.5e-3, 6e-3, True), (2.7e-3, 0.0108, False), (2.7e-3, 5e-3, True)],
-    ids=["what no row knows goes", "rows know it all, and it stays", "rows know it, and it goes"],
+    ("joint", "row", "with_it", "is_found"),
+    [
+        (0.011, 1.5e-3, 6e-3, True),
+        (0.011, 2.7e-3, 0.0108, False),
+        (0.011, 2.7e-3, 5e-3, True),
+        (2e-3, 1e-4, 9e-4, True),
+        (9e-4, 1e-5, 1e-4, False),
+    ],
+    ids=[
+        "what no row knows goes",
+        "rows know it all, and it stays",
+        "rows know it, and it goes",
+        "too much for a long run",
+        "it is small",
+    ],
 )
 def test_fp32_between_layers_is_for_what_goes_with_it(
-    run: Run, row: float, with_it: float, is_found: bool
+    run: Run, joint: float, row: float, with_it: float, is_found: bool
 ) -> None:
-    names, joint = run.spec.names, 0.011
+    names = run.spec.names
     rows = [
         LayerSensitivity(name=name, option=BF16_O2, grad_error=Estimate(mean=row)) for name in names
     ]
@@ -413,8 +436,8 @@ def test_fp32_between_layers_is_for_what_goes_with_it(
 
 @pytest.mark.parametrize(
     ("without", "with_it", "is_found"),
-    [(0.009, 1e-3, True), (0.009, 0.005, False), (3e-3, 1e-4, False)],
-    ids=["goes with half of the layers", "stays", "is no more than a usual budget"],
+    [(0.009, 1e-3, True), (3e-3, 1e-4, True), (0.009, 0.005, False), (9e-4, 1e-4, False)],
+    ids=["goes with half of the layers", "for long runs, too", "stays", "is small"],
 )
 def test_fp32_between_layers_is_for_kinks_that_go_with_the_worse_half_of_them(
     run: Run, without: float, with_it: float, is_found: bool, monkeypatch: pytest.MonkeyPatch
@@ -458,3 +481,52 @@ def test_an_island_is_measured_with_the_layers_that_share_its_storage() -> None:
     assert tied_with(spec, ["head"]) == ["embedding", "head"]
     assert tied_with(spec, ["embedding"]) == ["embedding", "head"]
     assert tied_with(spec, ["mix"]) == ["mix"]
+
+
+def test_fp32_between_layers_costs_one_pass_where_it_does_not_help_half_of_them(run: Run) -> None:
+    rows = [
+        LayerSensitivity(name=name, option=BF16_O2, grad_error=Estimate(mean=1e-4))
+        for name in run.spec.names
+    ]
+    asked: list[Sequence[Island]] = []
+
+    def measure(islands: Sequence[Island]) -> float:
+        asked.append(islands)
+        return 0.011
+
+    def measure_low(_: Sequence[str], islands: Sequence[Island]) -> float:
+        asked.append(islands)
+        return 0.01
+
+    assert find_islands(run.reference, rows, 0.011, measure, measure_low) == ((), 0.011)
+    everywhere = [x for islands in asked for x in islands if x.outputs == run.spec.names]
+    assert len(everywhere) == 1
+
+
+def test_what_islands_leave_is_measured_on_the_other_batches(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = run.spec.names
+    rows = [LayerSensitivity(name=n, option=BF16_O2, grad_error=Estimate(mean=1e-4)) for n in names]
+    asked: list[list[int]] = []
+
+    def measure(
+        _: JointMeter,
+        options: Mapping[str, Option],
+        *,
+        batches: Sequence[int],
+        islands: Sequence[Island],
+    ) -> Squares:
+        asked.append([*batches])
+        is_between = any(island.outputs == names for island in islands)
+        left = {0: 1e-4, 1: 2e-3} if is_between else {0: 0.002, 1: 0.04}
+        return Squares([left[index] for index in batches], [1.0] * len(batches))
+
+    monkeypatch.setattr(JointMeter, "_measure", measure)
+    uniform = Squares([0.002, 0.04], [1.0, 1.0])
+    activations, islands = JointMeter(run.reference).measure_activations(rows, uniform)
+    assert [island.outputs for island in islands] == [names]
+    assert {*map(tuple, asked[:-1])} == {(1,)}  # the one that has most of the error
+    assert asked[-1] == [0]
+    own = len(names) * 1e-4
+    assert activations.mean == pytest.approx((1e-4 + 2e-3) / 2 - own)

@@ -16,9 +16,10 @@ of the user's compute in BF16. They are tried together where the layers' rows le
 explain, and are FP32 in every plan if half of that goes: what they cost so is not known.
 
 The user's code can be too coarse between many layers at once (splines, a residual far from zero).
-Where islands leave much, FP32 between all layers is tried, which stay in BF16 themselves, and kept
-if half of that goes, or of what no row knows. Kinks make neither go, as any small error crosses the
-same ones; so it is then tried with the worse half of layers in FP32 too, and kept by that rule.
+Where there are no islands, or they leave much, FP32 between all layers is tried, which stay in BF16
+themselves, and kept if half of that goes, or of what no row knows. Kinks make neither go, as any
+small error crosses the same ones; so it is tried with the worse half of layers in FP32 too, and
+kept by that rule. That comes first: where it does not help, nothing does.
 """
 
 import math
@@ -30,7 +31,7 @@ from autoprec.sensitivity.reach import recorded_reach
 from autoprec.sensitivity.reference import Reference
 
 TOO_COARSE = 1e-3  # of uniform BF16; networks without an offset have 1e-6 to 2e-4
-FAR_TOO_COARSE = 4e-3  # left of it, a usual budget: FP32 between all layers costs time
+FAR_TOO_COARSE = 4e-3  # left of it beside islands: FP32 between all layers costs time
 MOST_TRIED = 4  # islands, one joint measurement each
 MOST_IN_VAIN = 2  # of them: where kinks make BF16 coarse there are none
 MOST_PRODUCERS = 4  # more of them is a residual stream, whose sums no island keeps in FP32
@@ -68,19 +69,21 @@ def find_islands(
     left = _add_layers(reference, own, found, left, measure)
     kept = {name for island in found for name in island.names}
     between = left - math.fsum(own[name] for name in own.keys() - kept)
-    if left >= FAR_TOO_COARSE:
-        everything = (*reference.spec.names, *outside)
-        error = measure([Island(outputs=everything)])
-        # a layer's own row has its output in BF16: rows may know it all, and it goes all the same
-        known = math.fsum(own.values()) + between / 2
-        if error <= (known if between >= FAR_TOO_COARSE else left / 2):
-            return (Island(outputs=everything, grad_error=max(joint - error, 0.0)),), error
-        low = sorted(own, key=lambda name: own[name])[: max(len(own) // 2, 1)]
+    bar = FAR_TOO_COARSE if found else TOO_COARSE
+    if left < bar:
+        return tuple(found), left
+    everything = Island(outputs=(*reference.spec.names, *outside))
+    # a layer's own row has its output in BF16: rows may know it all, and it goes all the same
+    most = math.fsum(own.values()) + between / 2 if between >= bar else left / 2
+    low = sorted(own, key=lambda name: own[name])[: max(len(own) // 2, 1)]
+    half = measure_low(low, [everything])
+    if half <= most:  # all layers have no less
+        error = measure([everything])
+        if error <= most:
+            return (everything.model_copy(update={"grad_error": max(joint - error, 0.0)}),), error
         without = measure_low(low, ())
-        if without >= FAR_TOO_COARSE:
-            saved = without - measure_low(low, [Island(outputs=everything)])
-            if saved >= without / 2:  # what is left above are kinks that layers cross: their rows
-                return (Island(outputs=everything, grad_error=saved),), 0.0
+        if without >= max(2 * half, TOO_COARSE):  # what is left above are kinks: their rows
+            return (everything.model_copy(update={"grad_error": without - half}),), 0.0
     return tuple(found), left
 
 

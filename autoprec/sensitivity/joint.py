@@ -61,8 +61,12 @@ class JointMeter:
             lambda islands: part * self.measure_bf16(islands, worst).estimate.mean,
             lambda names, islands: part * self._measure_low(names, islands, worst).estimate.mean,
         )
-        if self.islands and left > 0.0:
-            left = self.measure_bf16(self.islands).estimate.mean
+        others = [index for index in range(len(joint.errors)) if index not in worst]
+        if self.islands and left > 0.0 and others:
+            found = self.measure_bf16(self.islands, others)
+            scale = joint.gradients[joint.largest]
+            errors = [*found.errors, left / part * scale]
+            left = Squares(errors, [*found.gradients, scale]).estimate.mean
         inside = {name for island in self.islands for name in island.names}
         bf16 = [row for row in rows if row.option == BF16_O2 and row.name not in inside]
         error = max(left - math.fsum(row.grad_error.mean for row in bf16), 0.0)

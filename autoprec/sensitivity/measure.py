@@ -1,5 +1,6 @@
 """The stage: a warmed-up reference -> Sensitivity."""
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -26,6 +27,8 @@ from autoprec.sensitivity.local import Cell, list_cells
 from autoprec.sensitivity.reference import Reference, fp8_everywhere
 from autoprec.sensitivity.repairs import with_shares
 from autoprec.sensitivity.tables import Method, Table, make_table
+
+LITTLE = 0.1  # of a gradient error; batches differ by more, and larger ones do not add up
 
 
 @random_state_kept()
@@ -98,14 +101,15 @@ def _error_now(
 ) -> tuple[StepError, ...]:
     """Return the error of FP8 wherever it goes, from the table's check where that measured it.
 
-    As the early one, with BF16 outside of layers, whatever was found of that since.
+    As the early one, with BF16 outside of layers: where FP32 there takes little, that is added.
     """
-    joint = joint if all(island.names for island in islands) else ()
     step, plan = len(reference.loss_curve), tuple(fp8_everywhere(reference.spec).values())
     known = next((found.grad_error for found in joint if found.options == plan), None)
-    return (
-        reference.measure_step(step) if known is None else (StepError(step=step, grad_error=known),)
-    )
+    outside = math.fsum(island.grad_error for island in islands if not island.names)
+    if known is None or outside > LITTLE * known.mean:
+        return reference.measure_step(step)
+    error = known.model_copy(update={"mean": known.mean + outside})
+    return (StepError(step=step, grad_error=error),)
 
 
 def _measure_floor(reference: Reference) -> Estimate:
