@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from autoprec.cli.main import main
+from autoprec.errors import WorkloadError
 from autoprec.model.meta import capture_on_meta
 from autoprec.records import Basis, ModelSpec, Plan
 from autoprec.tuning.run import Run
@@ -173,6 +174,19 @@ def test_a_config_that_cannot_be_built_gets_one_line(
     line = refusal(capsys, "tune", tmp_path, *META, "--out", tmp_path / "run")
     assert words in line
     assert "config.json" in line
+
+
+def test_a_config_of_several_texts_is_read_as_its_decoder(tmp_path: Path) -> None:
+    small = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1}
+    parts = {
+        "text_encoder": {"model_type": "t5", "vocab_size": 32},
+        "audio_encoder": {"model_type": "encodec"},
+        "decoder": {**small, "max_position_embeddings": 16},
+    }
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"model_type": "musicgen_melody", **parts}))
+    with pytest.raises(WorkloadError, match=r"--sequence must be at most .* 16, but it is 32"):
+        config_model(file, batch=1, sequence=32)
 
 
 def test_experts_are_refused_because_their_times_are_unknown(

@@ -49,7 +49,7 @@ def config_model(file: Path, *, batch: int | None = None, sequence: int | None =
         WorkloadError: transformers is missing or has no such decoder, or the sequence is too long.
     """
     config = _read_config(file)
-    text = config.get_text_config()
+    text = config.get_text_config(decoder=True)
     limit = getattr(text, "max_position_embeddings", None) or sequence or LONGEST_SEQUENCE
     if sequence and sequence > limit:
         raise WorkloadError(
